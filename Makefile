@@ -1,0 +1,53 @@
+# `make demo` and `make test` work as the first command: whatever is missing is installed into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_RELEASE := build/demo-release
+GOLDENS_21 := tests/data/goldens/kandinsky-2.1
+
+.PHONY: help install demo test check format bench clean
+
+help:
+	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
+	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
+	@echo "make check    lint, formatting, types"
+	@echo "make format   let ruff repair what it can"
+	@echo "make bench    time and memory against stock diffusers, at full size"
+	@echo "make install  only prepare $(VENV)"
+	@echo "make clean    remove what the others left behind, except $(VENV)"
+
+install: $(INSTALLED)
+
+# the stamp makes every later call quick, and a changed dependency install again
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, and $(PYTHON) is not. Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@rm -rf $(DEMO_RELEASE)
+	$(BIN)/python -m tests.support.release $(GOLDENS_21) $(DEMO_RELEASE)
+	HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/kandinsky-diffusers demo $(DEMO_RELEASE)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf build dist demo_output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

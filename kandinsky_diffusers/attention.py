@@ -1,0 +1,222 @@
+"""Attention whose kernel the user chooses, and which can keep the keys and values of tokens that do not change.
+
+diffusers' `model.set_attention_backend(...)` reaches only processors that go through its dispatcher. The stock ones of
+the 2.x UNets and of the prior do not; those here do, and compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
+from diffusers.utils import is_xformers_available
+
+
+# those that add a mask of floats to the scores; flash, sage and XLA take none, Ascend's reads it as booleans
+MASKING_BACKENDS = (
+    AttentionBackendName.NATIVE,
+    AttentionBackendName.XFORMERS,
+    AttentionBackendName.FLEX,
+    AttentionBackendName._NATIVE_CUDNN,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_MATH,
+)
+
+
+class KeyValueCache:
+    """Keys and values of the first tokens of a sequence, for one attention layer.
+
+    The first call of the layer fills it; every later call attends to what it holds and then to its own tokens.
+    It is neither list nor dict on purpose: offload hooks copy those, and a copy that gets filled is lost.
+    """
+
+    def __init__(self) -> None:
+        self._key: torch.Tensor | None = None
+        self._value: torch.Tensor | None = None
+
+    def join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values to attend to, given those of this call's tokens, both `[batch, tokens, heads, width]`."""
+        if self._key is None or self._value is None:
+            self._key, self._value = key, value
+            return key, value
+        return torch.cat([self._key, key], dim=1), torch.cat([self._value, value], dim=1)
+
+
+class DispatchedAttnProcessor(AttnProcessor2_0):
+    """[`AttnProcessor2_0`] with a choice of backend, and with room for cached keys and values.
+
+    Raises:
+        ValueError: when called with a mask although the chosen backend cannot take one.
+    """
+
+    _attention_backend: AttentionBackendName | str | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            attn: the layer with the weights.
+            hidden_states: `[batch, tokens, width]` or `[batch, width, height, width of the picture]`.
+            encoder_hidden_states: `[batch, other tokens, other width]` to attend to; None attends to `hidden_states`.
+            attention_mask: added to the scores; whatever [`Attention.prepare_attention_mask`] takes, or four
+                dimensions that broadcast to `[batch, heads, tokens, keys]`.
+            temb: what a spatial norm is conditioned on.
+            cache: keys and values of earlier tokens.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = _normed_context(attn, hidden_states, encoder_hidden_states)
+
+        query = _split_heads(attn, attn.to_q(hidden_states))
+        key, value = _split_heads(attn, attn.to_k(context)), _split_heads(attn, attn.to_v(context))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if cache is not None:
+            key, value = cache.join(key, value)
+
+        if attention_mask is not None and attention_mask.ndim != 4:
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], len(key))
+            attention_mask = attention_mask.unflatten(0, (len(key), attn.heads))
+        output = _attend(self._attention_backend, query, key, value, attention_mask)
+        output = _project_out(attn, output)
+        if residual.ndim == 4:
+            output = output.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            output = output + residual
+        return output / attn.rescale_output_factor
+
+
+class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
+    """[`AttnAddedKVProcessor2_0`], the attention of the 2.x UNets, with a choice of backend.
+
+    Raises:
+        ValueError: when called with a mask although the chosen backend cannot take one.
+    """
+
+    _attention_backend: AttentionBackendName | str | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend to the conditions, and then, unless the layer is for cross-attention only, to the picture.
+
+        Args:
+            attn: the layer with the weights.
+            hidden_states: `[batch, channels, height, width]`.
+            encoder_hidden_states: `[batch, tokens, width]`, the conditions.
+            attention_mask: added to the scores, as [`Attention.prepare_attention_mask`] takes it.
+        """
+        residual = hidden_states
+        hidden_states = hidden_states.flatten(2)
+        pixels = hidden_states.shape[-1]
+        context = _normed_context(attn, hidden_states.transpose(1, 2), encoder_hidden_states)
+        hidden_states = attn.group_norm(hidden_states).transpose(1, 2)
+
+        query = _split_heads(attn, attn.to_q(hidden_states))
+        key, value = _split_heads(attn, attn.add_k_proj(context)), _split_heads(attn, attn.add_v_proj(context))
+        if not attn.only_cross_attention:
+            key = torch.cat([key, _split_heads(attn, attn.to_k(hidden_states))], dim=1)
+            value = torch.cat([value, _split_heads(attn, attn.to_v(hidden_states))], dim=1)
+
+        mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
+        output = _project_out(attn, _attend(self._attention_backend, query, key, value, mask))
+        return output.transpose(1, 2).reshape(residual.shape) + residual
+
+
+_DISPATCHED = {
+    AttnProcessor2_0: DispatchedAttnProcessor,
+    AttnAddedKVProcessor2_0: DispatchedAttnAddedKVProcessor,
+}
+
+
+def use_dispatched_attention(model: torch.nn.Module) -> None:
+    """Let `model.set_attention_backend` reach the layers of `model` that have diffusers' default processors.
+
+    Outputs do not change. Layers with any other processor (LoRA, sliced, a user's own) keep it. Calling it again does
+    nothing.
+    """
+    for layer in _attention_layers(model):
+        replacement = _DISPATCHED.get(type(layer.processor))
+        if replacement is not None:
+            layer.set_processor(replacement())
+
+
+def enable_xformers(model: torch.nn.Module) -> None:
+    """Run the attention of `model` on xformers, on this model alone.
+
+    Raises:
+        ModuleNotFoundError: xformers is not installed.
+        ValueError: there is no CUDA device, or a layer has a processor that cannot change its backend.
+    """
+    if not is_xformers_available():
+        raise ModuleNotFoundError(
+            "xformers is not installed: `pip install kandinsky-diffusers[xformers]`. PyTorch's own memory-efficient "
+            "attention is the default and needs nothing."
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("xformers needs a CUDA device, and there is none.")
+    use_dispatched_attention(model)
+    for layer in _attention_layers(model):
+        if not hasattr(layer.processor, "_attention_backend"):
+            raise ValueError(
+                f"`model` has an attention layer with a {type(layer.processor).__name__}, which cannot run on "
+                "xformers; accepted are diffusers' default processors."
+            )
+    # `set_attention_backend` also makes its choice everybody's default; leaving this context takes that back
+    with attention_backend(AttentionBackendName.NATIVE):
+        model.set_attention_backend(AttentionBackendName.XFORMERS.value)
+
+
+def _attention_layers(model: torch.nn.Module) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def _normed_context(attn: Attention, own: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    if other is None:
+        return own
+    return attn.norm_encoder_hidden_states(other) if attn.norm_cross else other
+
+
+def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
+    return projected.unflatten(-1, (attn.heads, -1))
+
+
+def _attend(
+    backend: AttentionBackendName | str | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    if mask is not None:
+        # none chosen means the default, which another model's choice may have changed to one without masks
+        backend = AttentionBackendName(backend or AttentionBackendName.NATIVE)
+        if backend not in MASKING_BACKENDS:
+            raise ValueError(
+                f"the attention backend {backend.value!r} cannot take the attention mask of this model; accepted by "
+                f"`set_attention_backend` are {', '.join(name.value for name in MASKING_BACKENDS)}."
+            )
+    return dispatch_attention_fn(query, key, value, attn_mask=mask, backend=backend).flatten(2)
+
+
+def _project_out(attn: Attention, output: torch.Tensor) -> torch.Tensor:
+    projection, dropout = attn.to_out
+    return dropout(projection(output))

@@ -1,0 +1,177 @@
+"""The command line: ``kandinsky-diffusers convert | inspect | demo``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+    from .conversion import FileReport, ModelPlan
+
+
+app = typer.Typer(
+    name="kandinsky-diffusers",
+    help="Kandinsky in diffusers: conversion of original checkpoints, and a demonstration.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Folder with the original files, or a Hub id. With --plan also a file.")
+    ],
+    output: Annotated[Path | None, typer.Argument(help="Folder that gets one folder per repository.")] = None,
+    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, float16 or bfloat16.")] = "auto",
+    variant: Annotated[str | None, typer.Option(help="fp16 or bf16: cast, and name the files so.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    original_config: Annotated[Path | None, typer.Option(help="JSON with the original's configuration.")] = None,
+    clip: Annotated[str, typer.Option(help="Folder or Hub id of CLIP ViT-L/14.")] = "openai/clip-vit-large-patch14",
+    drop: Annotated[list[str] | None, typer.Option(help="Glob of keys to leave out; may be repeated.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace repositories that are there.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would become of every key.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read back, compare bit for bit, run once.")] = False,
+) -> None:
+    """Turn an original release into repositories that load with from_pretrained."""
+    from . import conversion
+
+    with _plain_errors():
+        if plan:
+            found, plans = conversion.plan_source(
+                source, version=version, original_config=original_config, clip=clip, drop=drop or ()
+            )
+            _show_plans(plans, found.ignored)
+            return
+        if output is None:
+            raise conversion.ConversionError("The argument OUTPUT is missing; only --plan does without.")
+        with _bars() as bars:
+            report = conversion.convert(
+                source,
+                output,
+                version=version,
+                dtype=dtype,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                original_config=original_config,
+                clip=clip,
+                drop=drop or (),
+                overwrite=overwrite,
+                verify=verify,
+                progress=lambda **options: _Bar(bars, **options),
+            )
+    for name, reason in report.skipped.items():
+        typer.echo(f"left out: {name}, because {reason}")
+    for file, key, reason in report.dropped:
+        typer.echo(f"dropped:  {key} of {file} ({reason})")
+    for path in report.repos:
+        typer.echo(f"{'verified' if verify else 'written'}:  {path}")
+
+
+@app.command()
+def inspect(
+    place: Annotated[Path, typer.Argument(help="Weight file, inventory, or folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what files are: version, part, dtype, parameters, SHA-256."""
+    from .conversion import inspect as describe
+    from .conversion.inspection import weight_files
+
+    with _plain_errors(), _bars() as bars:
+        bar = _Bar(bars, total=sum(path.stat().st_size for path in weight_files(place)), desc="reading")
+        reports = describe(place, bar.update)
+        bar.close()
+    if as_json:
+        typer.echo(json.dumps([{**asdict(report), "path": str(report.path)} for report in reports], indent=2))
+    else:
+        _show_files(reports, place)
+
+
+@app.command()
+def demo(
+    release: Annotated[Path, typer.Argument(help="Folder of a (small) Kandinsky 2.1 release.")],
+    output: Annotated[Path, typer.Argument(help="Where to leave repositories and pictures.")] = Path("demo_output"),
+) -> None:
+    """Convert a release, load it with AutoPipeline, and draw."""
+    from .demo import run_demo
+
+    with _plain_errors(), _bars() as bars:
+        grid = run_demo(release, output, progress=lambda **options: _Bar(bars, **options))
+    typer.echo(f"drawn: {grid}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors of the user's making become one message and the exit code 1."""
+    from .conversion import ConversionError
+
+    try:
+        yield
+    except (ConversionError, FileNotFoundError, FileExistsError) as error:
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def _bars() -> Iterator[RichProgress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield bars
+
+
+class _Bar:
+    """A bar of rich behind the part of tqdm's interface that the library uses."""
+
+    def __init__(self, bars: RichProgress, *, total: int, desc: str, **_: Any) -> None:
+        self._bars = bars
+        self._task = bars.add_task(desc, total=total)
+
+    def update(self, n: int) -> None:
+        self._bars.advance(self._task, n)
+
+    def close(self) -> None:
+        self._bars.stop_task(self._task)
+
+
+def _show_plans(plans: list[ModelPlan], ignored: tuple[str, ...]) -> None:
+    for model in plans:
+        made, plan = len(model.plan.target_shapes), model.plan
+        used = sum(len(step.sources) for step in plan.steps)
+        typer.echo(
+            f"{' + '.join(model.files)} -> {model.component.name} ({model.component.class_name}): {used} keys make "
+            f"{made} tensors, {len(plan.dropped)} dropped, {len(plan.elsewhere)} for other models"
+        )
+        for key, reason in plan.dropped.items():
+            typer.echo(f"  dropped: {key} ({reason})")
+        for note in model.notes:
+            typer.echo(f"  note: {note}")
+    for name in ignored:
+        typer.echo(f"not planned: {name}")
+
+
+def _show_files(reports: list[FileReport], place: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file, SHA-256", "version", "part", "dtype", "parameters", "bytes")
+    table.columns[0].overflow = "fold"
+    for report in reports:
+        dtypes = ", ".join(sorted(report.dtypes, key=lambda name: -report.dtypes[name]))
+        kind = (report.version or "?", report.part or report.problem or "?", dtypes)
+        name = report.path.relative_to(place) if place.is_dir() else report.path.name
+        table.add_row(f"{name}\n{report.sha256}", *kind, f"{report.parameters:,}", f"{report.size:,}")
+    Console().print(table)

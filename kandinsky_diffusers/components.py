@@ -1,0 +1,134 @@
+"""Better classes for stock components: they share the component's weights, and are saved under the stock name."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, TypeVar
+
+import torch
+from diffusers import PriorTransformer, UnCLIPScheduler, VQModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+T = TypeVar("T")
+
+
+class SavedAsStock:
+    """Mixed in before a stock class that [`adopt`] replaces: folders name the stock class, and load without us."""
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, with the stock class as `_class_name`."""
+        config = json.loads(super().to_json_string())
+        identity = stock_identity(self)
+        if identity is not None:
+            config["_class_name"] = identity[1]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def _on_shared_state(self) -> None:
+        """Called by [`view_as`] in place of `__init__`."""
+
+
+def adopt(component: Any) -> Any:
+    """`component` as the better class there is for exactly its class, or `component` itself.
+
+    Models share their state with the stock object (see [`view_as`]); schedulers are built anew from its configuration.
+
+    Raises:
+        ValueError: see [`view_as`].
+    """
+    better = _better_classes().get(type(component))
+    if better is None:
+        return component
+    if isinstance(component, SchedulerMixin):
+        return better.from_config(component.config)
+    return view_as(component, better)
+
+
+def stock_identity(component: Any) -> tuple[str, str] | None:
+    """Library and class that `model_index.json` has to name for `component`; None where diffusers chooses rightly.
+
+    It is for the classes that [`adopt`] puts in, and for transformers' `CLIPImageProcessorPil`, a name that older
+    releases do not know, and that loads as `CLIPImageProcessor`. A user's subclass keeps its own name.
+    """
+    cls = type(getattr(component, "_orig_mod", component))  # of a compiled model, the model
+    if cls.__name__ == "CLIPImageProcessorPil" and cls.__module__.startswith("transformers."):
+        return "transformers", "CLIPImageProcessor"
+    for stock, better in _better_classes().items():
+        if cls is better:
+            return "diffusers", stock.__name__
+    return None
+
+
+def view_as(component: Any, cls: type[T]) -> T:
+    """An object of class `cls` that shares all state with `component`, whose class `cls` extends.
+
+    Weights, buffers, configuration, adapters and device are the same ones, seen through both objects.
+
+    Raises:
+        ValueError: `component` has been offloaded, hooked or compiled, which fixed its old `forward`.
+        TypeError: `cls` does not extend its class.
+    """
+    if type(component) is cls:
+        return component
+    if not issubclass(cls, type(component)):
+        raise TypeError(f"`cls` is {cls.__name__}; accepted are classes that extend {type(component).__name__}.")
+    hook = _detach_placement(component)
+    _remove_leftovers(component)
+    _check_forward_is_free(component)
+    view = cls.__new__(cls)
+    object.__setattr__(view, "__dict__", vars(component))
+    if isinstance(view, SavedAsStock):
+        view._on_shared_state()
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(view, hook)
+    return view
+
+
+@functools.cache
+def _better_classes() -> dict[type, type]:
+    # imported here, because they are built on this module
+    from .movq import MoVQ
+    from .prior import CachedPriorTransformer
+    from .schedulers import KandinskyUnCLIPScheduler
+
+    return {
+        VQModel: MoVQ,
+        PriorTransformer: CachedPriorTransformer,
+        UnCLIPScheduler: KandinskyUnCLIPScheduler,
+    }
+
+
+def _detach_placement(component: Any) -> Any:
+    """Take off the hook of `device_map=...`, which a pipeline's components have before the pipeline sees them."""
+    if not isinstance(component, torch.nn.Module) or not hasattr(component, "_hf_hook"):
+        return None
+    from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+
+    hook = component._hf_hook
+    if not isinstance(hook, AlignDevicesHook) or hook.offload:
+        return None
+    remove_hook_from_module(component)
+    return hook
+
+
+def _remove_leftovers(component: Any) -> None:
+    """Drop what removed hooks leave behind: an empty registry, and the class's own `forward` as an attribute."""
+    state = vars(component)
+    if "_diffusers_hook" in state and not state["_diffusers_hook"].hooks:
+        del state["_diffusers_hook"]
+    if "forward" in state and getattr(state["forward"], "__func__", None) is type(component).forward:
+        del state["forward"]
+
+
+def _check_forward_is_free(component: Any) -> None:
+    state = vars(component)
+    for name in ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "forward"):
+        if state.get(name) is not None:
+            raise ValueError(
+                f"`{type(component).__name__}` was offloaded, hooked or compiled (`{name}`) before a Kandinsky "
+                "pipeline took it; its old `forward` would go on running. Hand it over first, and then call "
+                "`enable_model_cpu_offload()`, `enable_group_offload()` or `compile()`."
+            )

@@ -1,0 +1,197 @@
+"""Combined pipelines: a prior and a decoder that act as one, and how a decoder's repo finds its prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, hf_hub_download
+
+
+LOADING_OPTIONS = (
+    "cache_dir",
+    "disable_mmap",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "proxies",
+    "token",
+    "torch_dtype",
+    "use_safetensors",
+    "variant",
+)
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision")
+
+_prior_is_given: ContextVar[bool] = ContextVar("prior_is_given", default=False)
+
+
+class _LoadsConnectedPipes:
+    """diffusers' `_load_connected_pipes`, off while we load a decoder whose prior we have found ourselves.
+
+    Left on, diffusers would load what the card names even where a prior is given or lies beside the decoder.
+    """
+
+    def __get__(self, instance: Any, owner: type) -> bool:
+        return not _prior_is_given.get()
+
+
+@contextmanager
+def _given_prior() -> Iterator[None]:
+    token = _prior_is_given.set(True)
+    try:
+        yield
+    finally:
+        _prior_is_given.reset(token)
+
+
+class ConnectedPriorMixin:
+    """Mixed in before a stock combined pipeline, whose components of the prior are named `prior_...`."""
+
+    _load_connected_pipes = _LoadsConnectedPipes()
+    _prior_class: type
+    _decoder_class: type
+
+    enable_sequential_cpu_offload = DiffusionPipeline.enable_sequential_cpu_offload
+    progress_bar = DiffusionPipeline.progress_bar
+    set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, prior: Any = None, **kwargs: Any) -> Self:
+        """Load a decoder's repo with its prior, or a repo that holds both.
+
+        The prior is, in this order: `prior=` or `prior_...=` components, those in the repo itself, a sibling folder
+        named like the decoder's with `-prior` at the end, the one under `prior:` in the repo's card.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the decoder.
+            prior: a prior pipeline, or the folder or Hub id of one.
+            kwargs: as for [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            ValueError: no prior is found; the message says how to give one.
+            OSError: the prior that was found cannot be loaded.
+        """
+        kwargs = {**cls._prior_components(pretrained_model_name_or_path, prior, kwargs), **kwargs}
+        with _given_prior():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _prior_components(cls, repo: Any, prior: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = [name for name in cls._get_signature_keys(cls)[0] if name.startswith("prior_")]
+        passed = {name.removeprefix("prior_"): kwargs[name] for name in names if name in kwargs}
+        if len(passed) == len(names):
+            return {}
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        if prior is None:
+            index = cls.load_config(repo, **hub_options)
+            if all(f"prior_{name}" in passed or name in index for name in names):
+                return {}
+            prior = find_prior(repo, **hub_options)
+        if not isinstance(prior, DiffusionPipeline):
+            options = {name: kwargs[name] for name in LOADING_OPTIONS if name in kwargs}
+            prior = _load_prior(prior, repo, {**_dtypes_of_prior(options), **passed})
+        return {f"prior_{name}": component for name, component in prior.components.items()}
+
+    @property
+    def prior_pipe(self) -> Any:
+        """The prior pipeline, on this pipeline's components as they are now."""
+        return self._inner("_prior_pipe", self._prior_class, prefix="prior_")
+
+    @property
+    def decoder_pipe(self) -> Any:
+        """The decoder pipeline, on this pipeline's components as they are now."""
+        return self._inner("_decoder_pipe", self._decoder_class, prefix="")
+
+    def _inner(self, attribute: str, pipeline_class: type, prefix: str) -> Any:
+        names = pipeline_class._get_signature_keys(pipeline_class)[0]
+        components = {name: getattr(self, prefix + name) for name in names}
+        inner = self.__dict__.get(attribute)
+        if inner is None:
+            inner = self.__dict__[attribute] = pipeline_class(**components)
+        for name, component in components.items():
+            if getattr(inner, name) is not component:
+                setattr(inner, name, component)
+        if not prefix:  # the decoder's repo is this pipeline's, for the schedulers that lie beside its own
+            inner.register_to_config(_name_or_path=self.config.get("_name_or_path"))
+        inner.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return inner.exact_reference(self._exact_reference)
+
+
+def find_prior(repo: Any, **hub_options: Any) -> str:
+    """Folder or Hub id of the prior that belongs to a decoder's repo: a sibling folder, or what its card names.
+
+    Args:
+        repo: folder or Hub id of the decoder.
+        hub_options: `revision`, `token`, `cache_dir` and the like, for the card.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(repo)
+    if folder.is_dir():
+        found = _sibling(folder) or _named_by_card(folder / "README.md")
+    else:
+        found = _named_by_card_on_hub(repo, hub_options)
+    if found is None:
+        raise ValueError(
+            f"{str(repo)!r} is a decoder and no prior was found for it. Give one with `prior=` (a prior pipeline, its"
+            " folder or Hub id) or with `prior_...=` components; or put its folder beside the decoder's, named like"
+            f" {_sibling_names(folder.name)[-1]!r}; or name it in the decoder's README.md: `prior: [name]`."
+        )
+    return str(found)
+
+
+def _sibling_names(name: str) -> list[str]:
+    """`kandinsky-2-1-inpaint` -> that with `-prior`, then `kandinsky-2-1-prior`; the version's numbers stay."""
+    parts = name.split("-")
+    names = ["-".join([*parts, "prior"])]
+    while len(parts) > 1 and not parts[-1].isdigit():
+        parts = parts[:-1]
+        names.append("-".join([*parts, "prior"]))
+    return names
+
+
+def _sibling(folder: Path) -> Path | None:
+    folder = folder.resolve()
+    candidates = (folder.parent / name for name in _sibling_names(folder.name))
+    return next((path for path in candidates if (path / "model_index.json").is_file()), None)
+
+
+def _named_by_card(card: Path) -> str | None:
+    if not card.is_file():
+        return None
+    named = ModelCard.load(card, ignore_metadata_errors=True).data.get("prior")
+    return named[0] if isinstance(named, list) and named else named
+
+
+def _named_by_card_on_hub(repo: str, hub_options: dict[str, Any]) -> str | None:
+    options = {name: value for name, value in hub_options.items() if name != "proxies"}
+    return _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
+
+
+def _dtypes_of_prior(options: dict[str, Any]) -> dict[str, Any]:
+    """Loading options for the prior: dtypes given by component lose their prefix."""
+    renamed = dict(options)
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(options.get(name), dict):
+            renamed[name] = {
+                key.removeprefix("prior_"): dtype
+                for key, dtype in options[name].items()
+                if key.startswith("prior_") or key == "default"
+            }
+    return renamed
+
+
+def _load_prior(prior: Any, repo: Any, options: dict[str, Any]) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(prior, **options)
+    except OSError as error:
+        raise OSError(
+            f"The prior {str(prior)!r} of {str(repo)!r} cannot be loaded: {error}. `prior=` takes a prior pipeline,"
+            " its folder or its Hub id."
+        ) from error

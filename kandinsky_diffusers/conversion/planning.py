@@ -1,0 +1,133 @@
+"""From opened files to plans: which models they make, in which configuration, key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConversionError
+from .matching import Plan, Shapes, match
+from .recipe import Inputs, ModelComponent, Release
+from .rules import RuleTable
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """How one model is made.
+
+    Args:
+        component: the model's place in a repository.
+        files: names of its source files that are there.
+        config: its configuration; empty when the file that tells it is not there.
+        plan: what becomes of every key.
+        model: the model on the meta device, without weights; None when the configuration is not known.
+        notes: what could not be checked, and why.
+    """
+
+    component: ModelComponent
+    files: tuple[str, ...]
+    config: dict[str, Any]
+    plan: Plan
+    model: Any
+    notes: tuple[str, ...] = ()
+
+
+def plan_model(component: ModelComponent, inputs: Inputs, drop: Sequence[str] = ()) -> ModelPlan:
+    """Plan one model from those of its files that ``inputs`` has.
+
+    Raises:
+        ConversionError: see :func:`~.matching.match`; also when a tensor that tells a size is missing, or the sizes
+            do not make a model.
+    """
+    present = [part for part in component.parts if part.file in inputs.files]
+    absent = [part for part in component.parts if part.file not in inputs.files]
+    shapes = _merge(component, inputs)
+    title = f"{' and '.join(inputs.files[part.file].path.name for part in present)} -> {component.class_name}"
+    main = component.parts[0]
+    config, model, expected = {}, None, None
+    if main in present:
+        config = _configure(component, inputs, title)
+        model = build_on_meta(component, config, title)
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tables = {part: part.rules(config) for part in component.parts if part in present or config}
+    table = sum((tables[part] for part in present), RuleTable())
+    rest = sum((tables[part] for part in absent if part in tables), RuleTable())
+    plan = match(table, shapes, expected, drop=drop, excused=rest.produces, title=title)
+    return ModelPlan(
+        component, tuple(part.file for part in present), config, plan, model, _notes([p.file for p in absent])
+    )
+
+
+def plan_all(release: Release, inputs: Inputs, drop: Sequence[str] = ()) -> list[ModelPlan]:
+    """Plan every model of ``release`` of which ``inputs`` has a file.
+
+    Raises:
+        ConversionError: all that is wrong with any of them.
+    """
+    models = [model for model in release.models if any(part.file in inputs.files for part in model.parts)]
+    return plan_models(models, inputs, drop)
+
+
+def plan_models(models: Sequence[ModelComponent], inputs: Inputs, drop: Sequence[str] = ()) -> list[ModelPlan]:
+    """Plan several models, and report all their faults together.
+
+    Raises:
+        ConversionError: all that is wrong with any of them, and ``drop`` patterns without effect.
+    """
+    plans, faults = [], []
+    for model in models:
+        try:
+            plans.append(plan_model(model, inputs, drop))
+        except ConversionError as error:
+            faults.append(str(error))
+    faults += _idle_patterns(inputs, drop)
+    if faults:
+        raise ConversionError("\n".join(dict.fromkeys(faults)))
+    return plans
+
+
+def build_on_meta(component: ModelComponent, config: dict[str, Any], title: str) -> Any:
+    """The model without weights, for its keys, shapes and configuration file.
+
+    Raises:
+        ConversionError: the class refuses the configuration.
+    """
+    import torch
+
+    cls = component.load_class()
+    try:
+        with torch.device("meta"):
+            return cls(cls.config_class(**config)) if getattr(cls, "config_class", None) else cls.from_config(config)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ConversionError(f"{title}: the sizes {config} do not make a model: {error}") from error
+
+
+def _merge(component: ModelComponent, inputs: Inputs) -> Shapes:
+    merged: dict[str, tuple[int, ...]] = {}
+    for part in component.parts:
+        shapes = inputs.files[part.file].shapes if part.file in inputs.files else {}
+        if clash := merged.keys() & shapes.keys():
+            raise ConversionError(f"{sorted(clash)[0]} is in several files of {component.name}.")
+        merged.update(shapes)
+    return merged
+
+
+def _configure(component: ModelComponent, inputs: Inputs, title: str) -> dict[str, Any]:
+    try:
+        return component.configure(inputs.files[component.parts[0].file].shapes, inputs)
+    except ConversionError as error:
+        raise ConversionError(f"{title}: {error}") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ConversionError(f"{title}: the shapes do not tell the sizes of the model: {error}") from error
+
+
+def _notes(absent: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{name} is not there, its tensors were not checked" for name in absent)
+
+
+def _idle_patterns(inputs: Inputs, drop: Sequence[str]) -> list[str]:
+    from fnmatch import fnmatchcase
+
+    keys = [key for file in inputs.files.values() for key in file.shapes]
+    return [f"--drop {glob} matches no key" for glob in drop if not any(fnmatchcase(key, glob) for key in keys)]

@@ -1,0 +1,196 @@
+"""Records that describe a release: its files, the repositories made from them, and the components of these.
+
+A family fills these records in; the engine reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+from .matching import Shapes
+from .reader import WeightFile
+from .rules import RuleTable
+
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class SourceFile:
+    """A weight file of a release.
+
+    Args:
+        name: how components refer to it.
+        paths: where it may lie, below ``root``; the first that exists is taken.
+        recognises: tells from keys and shapes whether a file is this one.
+        root: ``"release"``, or the name of another folder that the user gives.
+        names: names of the tensors, for a file that holds them without.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    recognises: Callable[[Shapes], bool]
+    root: str = "release"
+    names: tuple[str, ...] = ()
+
+
+@dataclass
+class Inputs:
+    """What a conversion has to work with.
+
+    Args:
+        folders: the roots of the source files that are there.
+        files: the opened files, by name.
+        original_config: settings of the original code that shapes do not tell; may be empty.
+    """
+
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, WeightFile] = field(default_factory=dict)
+    original_config: Config = field(default_factory=dict)
+
+    def json(self, root: str, path: str) -> dict[str, Any]:
+        """The JSON file ``path`` below ``root``, or an empty dict where there is none.
+
+        Raises:
+            ConversionError: it is not JSON.
+        """
+        file = self.folders[root] / path if root in self.folders else None
+        if file is None or not file.is_file():
+            return {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConversionError(f"{file} is not valid JSON: {error}") from error
+
+    def setting(self, path: str, default: Any) -> Any:
+        """An entry of the original configuration, by a dotted path, or ``default``."""
+        node: Any = self.original_config
+        for name in path.split("."):
+            if not isinstance(node, Mapping) or name not in node:
+                return default
+            node = node[name]
+        return node
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The share of one source file in a model: ``rules`` makes its table from the model's configuration."""
+
+    file: str
+    rules: Callable[[Config], RuleTable]
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """A folder of a repository, and its entry ``[library, class_name]`` in ``model_index.json``."""
+
+    name: str
+    library: str
+    class_name: str
+
+    def load_class(self) -> Any:
+        """The class, from its library or, as diffusers does it, from the pipeline folder of that name."""
+        package = "diffusers" if self.library == "diffusers" else self.library
+        try:
+            module = import_module(package)
+        except ModuleNotFoundError:
+            module = import_module(f"diffusers.pipelines.{package}")
+        return getattr(module, self.class_name)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelComponent(Component):
+    """A model made from weight files.
+
+    Args:
+        parts: its files; the first one tells the configuration.
+        configure: the model's configuration from the shapes of the first part and the other inputs.
+        keep_float32: whether a ``variant`` leaves this model in float32.
+    """
+
+    parts: tuple[Part, ...] = ()
+    configure: Callable[[Shapes, Inputs], dict[str, Any]] = lambda shapes, inputs: {}
+    keep_float32: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ConfigComponent(Component):
+    """A scheduler or another object that its class can write from a ``config``; ``module`` is where the class lies."""
+
+    config: Config = field(default_factory=dict)
+    module: str = "diffusers"
+
+    def write(self, folder: Path) -> None:
+        """Write the configuration of a fresh object."""
+        getattr(import_module(self.module), self.class_name)(**self.config).save_pretrained(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class FilesComponent(Component):
+    """Small files that are copied or adapted: tokenizers, image processors.
+
+    Args:
+        write: fills the folder.
+        check: raises :class:`ConversionError` when the files it needs are not there.
+    """
+
+    write: Callable[[Inputs, Path], None] = lambda inputs, folder: None
+    check: Callable[[Inputs], None] = lambda inputs: None
+
+
+@dataclass(frozen=True, eq=False)
+class Repo:
+    """A repository to write.
+
+    Args:
+        name: its folder.
+        pipeline: class name of its pipeline.
+        main: the source file without which this repository is left out.
+        components: what ``model_index.json`` lists.
+        smoke: runs the loaded pipeline once, as small as possible, and returns the resulting tensors or arrays.
+        extras: folders that it does not list.
+    """
+
+    name: str
+    pipeline: str
+    main: str
+    components: tuple[Component, ...]
+    smoke: Callable[[Any], Sequence[Any]]
+    extras: tuple[Component, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """All that is known of a published release.
+
+    Args:
+        version: as in ``--version``.
+        title: for messages and cards.
+        files: its weight files.
+        repos: what is made from them.
+    """
+
+    version: str
+    title: str
+    files: tuple[SourceFile, ...]
+    repos: tuple[Repo, ...]
+
+    def file(self, name: str) -> SourceFile:
+        """The source file called ``name``."""
+        return next(file for file in self.files if file.name == name)
+
+    def recognise(self, shapes: Shapes) -> SourceFile | None:
+        """The file of this release that has these keys, if any."""
+        return next((file for file in self.files if file.recognises(shapes)), None)
+
+    @property
+    def models(self) -> list[ModelComponent]:
+        """Every model of any repository, once."""
+        found = [c for repo in self.repos for c in repo.components if isinstance(c, ModelComponent)]
+        return list(dict.fromkeys(found))

@@ -1,0 +1,49 @@
+"""Which releases there are: the one file of the engine that names families.
+
+A family's own knowledge lies in its ``variants.py`` and ``weights.py``; here stands only where to find it, and by
+which published file names a folder is told, those of releases that cannot be converted yet included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+
+from .errors import ConversionError
+from .recipe import Release
+
+
+CONVERTIBLE = {"2.1": "kandinsky_diffusers.k21.variants"}
+
+PUBLISHED_FILES = {
+    "2.0": ("Kandinsky-2-0.pt", "Kandinsky-2-0-inpainting.pt", "vae.ckpt", "text_encoder1", "text_encoder2"),
+    "2.1": ("decoder_fp16.ckpt", "inpainting_fp16.ckpt", "prior_fp16.ckpt", "movq_final.ckpt", "ViT-L-14_stats.th"),
+    "3.1": ("weights/kandinsky3_flash.pt", "weights/flan_ul2_encoder"),
+    "3.0": ("weights/kandinsky3.pt", "weights/kandinsky3_inpainting.pt", "weights/movq.pt"),
+    "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
+}
+
+
+def release(version: str) -> Release:
+    """What is known of ``version``.
+
+    Raises:
+        ConversionError: it cannot be converted.
+    """
+    if version not in CONVERTIBLE:
+        known = ", ".join(CONVERTIBLE)
+        raise ConversionError(f"version is {version!r}; accepted are auto, {known}.")
+    return import_module(CONVERTIBLE[version]).RELEASE
+
+
+def releases() -> Iterable[Release]:
+    """All releases that can be converted."""
+    return (release(version) for version in CONVERTIBLE)
+
+
+def guess_version(folder: Path) -> str | None:
+    """The version whose published files the folder holds most of, or None."""
+    found = {version: sum((folder / name).exists() for name in names) for version, names in PUBLISHED_FILES.items()}
+    best = max(found, key=lambda version: found[version])
+    return best if found[best] else None

@@ -1,0 +1,237 @@
+"""Writing a repository: components, their weights as a stream, and the index."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import ConversionError
+from .matching import Step
+from .planning import ModelPlan
+from .reader import WeightFile
+from .recipe import ConfigComponent, FilesComponent, Inputs, ModelComponent, Repo
+from .writer import Entry, ShardedWriter, write_json
+
+
+VARIANT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+class ProgressBar(Protocol):
+    """What is used of a progress bar; a ``tqdm`` has it."""
+
+    def update(self, n: int) -> Any:
+        """``n`` bytes more are done."""
+        ...
+
+    def close(self) -> Any:
+        """No more will come."""
+        ...
+
+
+Progress = Callable[..., ProgressBar]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How weights are written.
+
+    Args:
+        dtype: ``auto`` keeps the dtype of each tensor, another casts all floating-point tensors.
+        variant: part of the file names, and the dtype that belongs to it (``fp16``, ``bf16``).
+        max_shard_size: bytes per file.
+        progress: makes a progress bar, with tqdm's arguments; None for none.
+    """
+
+    dtype: str = "auto"
+    variant: str | None = None
+    max_shard_size: int = 5 * 10**9
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConversionError(f"dtype is {self.dtype!r}; accepted are {', '.join(DTYPES)}.")
+        if self.variant is not None and self.variant not in VARIANT_DTYPES:
+            raise ConversionError(f"variant is {self.variant!r}; accepted are {', '.join(VARIANT_DTYPES)}.")
+        if self.variant and self.dtype not in ("auto", VARIANT_DTYPES[self.variant]):
+            raise ConversionError(f"variant {self.variant} means {VARIANT_DTYPES[self.variant]}, not {self.dtype}.")
+
+    def cast(self, dtype: str, component: ModelComponent) -> str:
+        """What becomes of a tensor's dtype; whole numbers stay."""
+        if dtype not in _FLOATS:
+            return dtype
+        if self.variant is not None:
+            return dtype if component.keep_float32 else VARIANT_DTYPES[self.variant]
+        return dtype if self.dtype == "auto" else self.dtype
+
+    def bar(self, total: int, text: str) -> ProgressBar:
+        """A progress bar over ``total`` bytes."""
+        if self.progress is None:
+            return _Silent()
+        return self.progress(total=total, desc=text, unit="B", unit_scale=True, unit_divisor=1000)
+
+
+class _Silent:
+    def update(self, n: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@dataclass
+class RepoWriter:
+    """Writes repositories below ``folder``; a model that several have is converted once and then copied.
+
+    Args:
+        folder: where to.
+        inputs: the release.
+        plans: how each model is made.
+        output: how it is written.
+    """
+
+    folder: Path
+    inputs: Inputs
+    plans: Mapping[ModelComponent, ModelPlan]
+    output: Output
+    _done: dict[ModelComponent, Path] = field(default_factory=dict)
+
+    def write(self, repo: Repo) -> Path:
+        """Write one repository, without its card.
+
+        Raises:
+            ConversionError: a tensor holds NaN or infinite values, or something is missing.
+        """
+        target = self.folder / repo.name
+        target.mkdir()
+        for component in (*repo.components, *repo.extras):
+            place = target / component.name
+            if isinstance(component, ModelComponent):
+                self._write_model(component, place, repo)
+            elif isinstance(component, ConfigComponent):
+                component.write(place)
+            elif isinstance(component, FilesComponent):
+                component.write(self.inputs, place)
+        write_json(target / "model_index.json", model_index(repo))
+        return target
+
+    def size(self, repo: Repo) -> int:
+        """Bytes of the weights of a repository."""
+        plans = [self.plans[component] for component in repo.components if component in self.plans]
+        return sum(entry.size for plan in plans for entry in self.entries(plan))
+
+    def entries(self, plan: ModelPlan) -> list[Entry]:
+        """The tensors of a model, in the order in which they are made."""
+        dtypes = {key: dtype for name in plan.files for key, dtype in self.inputs.files[name].dtypes.items()}
+        return [
+            Entry(key, self.output.cast(dtypes[step.sources[0]] if step.sources else "float32", plan.component), shape)
+            for step in plan.plan.steps
+            for key, shape in zip(step.targets, step.shapes, strict=True)
+        ]
+
+    def _write_model(self, component: ModelComponent, place: Path, repo: Repo) -> None:
+        plan = self.plans[component]
+        place.mkdir()
+        entries, text = self.entries(plan), f"{repo.name}/{component.name}"
+        twin = self._done.setdefault(component, place)
+        if twin is not place:
+            with closing(self.output.bar(folder_size(twin), text)) as bar:
+                copy_folder(twin, place, bar.update)
+            return
+        write_config(plan, entries, place)
+        with closing(self.output.bar(sum(entry.size for entry in entries), text)) as bar:
+            self._stream(plan, entries, place, bar.update)
+
+    def _stream(self, plan: ModelPlan, entries: list[Entry], place: Path, advance: Callable[[int], None]) -> None:
+        import torch
+
+        stem = weights_stem(plan)
+        writer = ShardedWriter(place, stem, entries, self.output.max_shard_size, self.output.variant, advance)
+        source = merged(plan, self.inputs)
+        try:
+            for step in plan.plan.steps:
+                with torch.no_grad():
+                    for key, tensor in zip(step.targets, run_step(step, source), strict=True):
+                        writer.write(key, tensor)
+            writer.check_complete()
+        except ConversionError as error:
+            names = " and ".join(self.inputs.files[name].path.name for name in plan.files)
+            raise ConversionError(f"{names}: {error}") from error
+        finally:
+            writer.close()
+
+
+def merged(plan: ModelPlan, inputs: Inputs) -> Mapping[str, WeightFile]:
+    """Source key to the file that has it."""
+    return {key: inputs.files[name] for name in plan.files for key in inputs.files[name].shapes}
+
+
+def run_step(step: Step, source: Mapping[str, WeightFile]) -> tuple[Any, ...]:
+    """The tensors that a step makes."""
+    import torch
+
+    if not step.sources:
+        return (torch.full(step.shapes[0], step.constant),)
+    tensors = tuple(source[key].tensor(key) for key in step.sources)
+    for transform in step.transforms:
+        tensors = transform(tensors)
+    return tensors
+
+
+def weights_stem(plan: ModelPlan) -> str:
+    """File name of the weights without ending: diffusers and transformers differ in it."""
+    from transformers import PreTrainedModel
+
+    return "model" if isinstance(plan.model, PreTrainedModel) else "diffusion_pytorch_model"
+
+
+def write_config(plan: ModelPlan, entries: list[Entry], place: Path) -> None:
+    """Write ``config.json`` of a model."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(plan.model, PreTrainedModel):
+        plan.model.save_config(place)
+        return
+    content = plan.model.config.to_diff_dict()
+    own = {key: value for key, value in plan.config.items() if not hasattr(plan.model.config, key)}
+    extra = {"architectures": [plan.component.class_name], "dtype": main_dtype(entries)}
+    write_json(place / "config.json", {**content, **own, **extra})
+
+
+def main_dtype(entries: list[Entry]) -> str:
+    """The dtype of most of the numbers."""
+    counts: Counter[str] = Counter()
+    for entry in entries:
+        counts[entry.dtype] += prod(entry.shape)
+    return counts.most_common(1)[0][0]
+
+
+def model_index(repo: Repo) -> dict[str, Any]:
+    """Content of ``model_index.json``."""
+    import diffusers
+
+    components = {c.name: [c.library, c.class_name] for c in sorted(repo.components, key=lambda c: c.name)}
+    return {"_class_name": repo.pipeline, "_diffusers_version": diffusers.__version__, **components}
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def copy_folder(source: Path, target: Path, advance: Callable[[int], None]) -> None:
+    """Copy the files of a folder, and make sure that they are on the disk."""
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+        with (target / path.name).open("rb") as file:
+            os.fsync(file.fileno())
+        advance(path.stat().st_size)

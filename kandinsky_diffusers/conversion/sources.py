@@ -1,0 +1,209 @@
+"""Finding the files of a release, and telling what a file is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+from .reader import WeightFile, is_inventory, open_weights
+from .recipe import Inputs, Release, Repo, SourceFile
+from .releases import guess_version, release, releases
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHT_ENDINGS = (".ckpt", ".pt", ".pth", ".th", ".bin", ".safetensors")
+
+
+def find_folder(place: str | Path, what: str, patterns: Sequence[str] | None = None) -> Path:
+    """A folder: ``place`` itself, or the download of the Hub repository of that id.
+
+    Raises:
+        ConversionError: neither.
+    """
+    folder = Path(place)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(str(place)):
+        raise ConversionError(f"{what} is {str(place)!r}, which is not a folder (nor the id of a Hub repository).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(place), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConversionError(
+            f"{what} is {str(place)!r}: there is no such folder, and the Hub does not give it: {reason}"
+        ) from error
+
+
+def read_config(path: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The original configuration, from a JSON file or already read.
+
+    Raises:
+        ConversionError: it cannot be read, or is not a JSON object.
+    """
+    if path is None or isinstance(path, Mapping):
+        return path or {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"original_config: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"original_config: {path} holds a {type(content).__name__}; an object is expected.")
+    return content
+
+
+def choose_release(folder: Path, version: str) -> Release:
+    """The release that ``version`` names, or that the files tell if it is ``auto``.
+
+    Raises:
+        ConversionError: unknown, or the folder has none of its main files.
+    """
+    guess = guess_version(folder)
+    looks = f"{folder} looks like Kandinsky {guess}" if guess else f"{folder} holds no file of a known release"
+    if version == "auto" and guess is None:
+        raise ConversionError(f"{looks}; which version it is cannot be told.")
+    try:
+        chosen = release(version if version != "auto" else str(guess))
+    except ConversionError as error:
+        raise ConversionError(f"{error} {looks}.") from error
+    mains = [chosen.file(repo.main) for repo in chosen.repos]
+    if not any(_locate(file, folder) for file in mains):
+        wanted = ", ".join(file.paths[0] for file in mains)
+        raise ConversionError(f"None of the main files of {chosen.title} ({wanted}) is there; {looks}.")
+    return chosen
+
+
+def choose_repos(chosen: Release, folder: Path) -> tuple[list[Repo], dict[str, str]]:
+    """The repositories whose main file is there; and why the others are left out."""
+    absent = {
+        repo.name: chosen.file(repo.main) for repo in chosen.repos if not _locate(chosen.file(repo.main), folder)
+    }
+    skipped = {name: f"{file.paths[0]} is not in the release" for name, file in absent.items()}
+    return [repo for repo in chosen.repos if repo.name not in skipped], skipped
+
+
+def open_files(chosen: Release, names: Sequence[str], folders: Mapping[str, Path]) -> dict[str, WeightFile]:
+    """Open the source files ``names``, and check that they are what their names say.
+
+    Raises:
+        ConversionError: files are missing, unreadable, or others than expected; all are named.
+    """
+    files, faults = {}, []
+    for name in names:
+        source = chosen.file(name)
+        try:
+            files[name] = open_known(chosen, source, folders[source.root])
+        except ConversionError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConversionError("\n".join(faults))
+    return files
+
+
+def open_known(chosen: Release, source: SourceFile, folder: Path) -> WeightFile:
+    """Open one source file of ``folder``.
+
+    Raises:
+        ConversionError: it is missing, unreadable, or another file than expected.
+    """
+    path = _locate(source, folder)
+    if path is None:
+        raise ConversionError(f"{source.paths[0]} is missing in {folder}.")
+    file = open_weights(path, source.names)
+    other = identify(file)
+    if other is not None and other != (chosen.version, source.name):
+        raise ConversionError(
+            f"{source.paths[0]} is not the {source.name} of {chosen.title}; it looks like the {other[1]} of "
+            f"Kandinsky {other[0]}."
+        )
+    return file
+
+
+def open_any(path: Path) -> WeightFile:
+    """Open a file of unknown kind.  Nameless tensors get the names that a release has for a file of that form, if any.
+
+    Raises:
+        ConversionError: it is unreadable.
+    """
+    for names in ((), *(file.names for known in releases() for file in known.files if file.names)):
+        file = open_weights(path, names)
+        if file.named:
+            return file
+    return file
+
+
+def identify(file: WeightFile) -> tuple[str, str] | None:
+    """Version and part (``"2.1"``, ``"movq"``) that the keys and shapes of a file tell, or None."""
+    shapes = file.shapes
+    for known in releases():
+        if (source := known.recognise(shapes)) is not None:
+            return known.version, source.name
+    return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to plan: the release, its opened files, and the names of other files that lie there."""
+
+    release: Release
+    inputs: Inputs
+    ignored: tuple[str, ...] = ()
+
+
+def find_for_planning(place: Path, version: str, clip: str | Path | None, config: Mapping[str, Any]) -> Found:
+    """Open everything that can be planned: one file, a folder of inventories, or what there is of a release.
+
+    Raises:
+        ConversionError: nothing is recognised, a file is damaged, or it belongs to another version.
+    """
+    if place.is_file():
+        return _found([place], version, config)
+    folder = find_folder(place, "source")
+    if guess_version(folder) is None and (inventories := sorted(filter(is_inventory, folder.iterdir()))):
+        return _found(inventories, version, config)
+    chosen = choose_release(folder, version)
+    folders = {"release": folder}
+    if clip is not None and Path(clip).is_dir():
+        folders["clip"] = Path(clip)
+    names = [file.name for file in chosen.files if file.root in folders and _locate(file, folders[file.root])]
+    return Found(chosen, Inputs(folders, open_files(chosen, names, folders), config))
+
+
+def _found(paths: Sequence[Path], version: str, config: Mapping[str, Any]) -> Found:
+    files: dict[str, dict[str, WeightFile]] = {}
+    ignored = []
+    for path in paths:
+        file = open_any(path)
+        known, part = identify(file) or ("", "")
+        if not known or version not in ("auto", known):
+            ignored.append(f"{path.name} ({f'Kandinsky {known}, {part}' if known else 'unknown'})")
+        elif part in files.setdefault(known, {}):
+            raise ConversionError(f"{path} and {files[known][part].path} are both the {part} of Kandinsky {known}.")
+        else:
+            files[known][part] = file
+    if len(files) != 1:
+        what = f"of Kandinsky {version}" if version != "auto" else "of one version that can be converted"
+        raise ConversionError(f"No file {what}: {', '.join(ignored) or ', '.join(files)}.")
+    ((known, parts),) = files.items()
+    return Found(release(known), Inputs(_roots(release(known), parts), parts, config), tuple(ignored))
+
+
+def _roots(chosen: Release, files: Mapping[str, WeightFile]) -> dict[str, Path]:
+    """The folders below which single files lie as published, for the small files beside them."""
+    roots = {}
+    for name, file in files.items():
+        for published in map(Path, chosen.file(name).paths):
+            depth = len(published.parts)
+            if file.path.parts[-depth:] == published.parts:
+                roots[chosen.file(name).root] = file.path.parents[depth - 1]
+    return roots
+
+
+def _locate(source: SourceFile, folder: Path) -> Path | None:
+    return next((folder / path for path in source.paths if (folder / path).is_file()), None)

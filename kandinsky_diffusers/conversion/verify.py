@@ -1,0 +1,93 @@
+"""Proof that a written repository is what its source was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConversionError
+from .planning import ModelPlan
+from .reader import SafetensorsFile, WeightFile
+from .recipe import Repo
+from .repository import RepoWriter, merged, run_step, weights_stem
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+def verify_repo(repo: Repo, place: Path, writer: RepoWriter) -> dict[str, Any]:
+    """Map every written tensor back, compare it with its source bit for bit, then load the repository and run it once.
+
+    Returns:
+        Per model the number of compared tensors, and what was run.
+
+    Raises:
+        ConversionError: a tensor differs, or the repository does not load or run.
+    """
+    compared = {
+        component.name: compare_model(writer.plans[component], place / component.name, writer)
+        for component in repo.components
+        if component in writer.plans
+    }
+    return {"bit_identical_tensors": compared, "loaded_and_run": run_once(repo, place, writer)}
+
+
+def compare_model(plan: ModelPlan, place: Path, writer: RepoWriter) -> int:
+    """Compare the source tensors of a model, cast like the written ones, with the written ones mapped back.
+
+    Returns:
+        How many were compared; it is all that the plan does not drop.
+
+    Raises:
+        ConversionError: one differs.
+    """
+    written = _written(place, weights_stem(plan))
+    source = merged(plan, writer.inputs)
+    compared = 0
+    for step in plan.plan.inverse.steps:
+        for key, restored in zip(step.targets, run_step(step, written), strict=True):
+            original = source[key].tensor(key)
+            if not _same_bits(original.to(restored.dtype), restored):
+                raise ConversionError(f"{place}: {key} differs from its source after writing.")
+            compared += 1
+    if compared + len(plan.plan.dropped) + len(plan.plan.elsewhere) != len(source):
+        raise ConversionError(f"{place}: only {compared} of {len(source)} source tensors could be compared.")
+    return compared
+
+
+def run_once(repo: Repo, place: Path, writer: RepoWriter) -> str:
+    """Load a repository with ``DiffusionPipeline.from_pretrained`` in float32 and run its smoke test.
+
+    Returns:
+        The name of the pipeline's class.
+
+    Raises:
+        ConversionError: it does not load, or does not give finite results.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(place, variant=writer.output.variant, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        results = repo.smoke(pipe)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConversionError(f"{repo.name} was written, but does not run: {error!r}") from error
+    if not all(bool(torch.as_tensor(result).isfinite().all()) for result in results):
+        raise ConversionError(f"{repo.name} was written, but its results are not finite.")
+    return type(pipe).__name__
+
+
+def _written(place: Path, stem: str) -> Mapping[str, WeightFile]:
+    files = [SafetensorsFile(path) for path in sorted(place.glob(f"{stem}*.safetensors"))]
+    return {key: file for file in files for key in file.shapes}
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    import torch
+
+    if first.shape != second.shape:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

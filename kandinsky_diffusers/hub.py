@@ -1,0 +1,41 @@
+"""Model cards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+CARDS = Path(__file__).parent / "model_cards"
+
+
+def package_version() -> str:
+    """Version of the installed package; ``unknown`` for a source tree that is not installed."""
+    try:
+        return version("kandinsky-diffusers")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def render_card(name: str, facts: Mapping[str, Any]) -> str:
+    """The card of a repository, from ``model_cards/<name>.md`` and the facts of ``conversion.json``.
+
+    Raises:
+        FileNotFoundError: there is no card of that name.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    if not (CARDS / f"{name}.md").is_file():
+        raise FileNotFoundError(f"there is no model card {name}.md in {CARDS}")
+    environment = Environment(
+        loader=FileSystemLoader(CARDS),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # the cards are Markdown
+    )
+    dropped = {key: reason for model in facts["components"].values() for key, reason in model["dropped"].items()}
+    return environment.get_template(f"{name}.md").render(facts=facts, dropped=dropped)

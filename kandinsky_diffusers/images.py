@@ -1,0 +1,151 @@
+"""Sizes, pixels and masks.
+
+Pictures are `[batch, 3, height, width]` in [-1, 1] inside the pipelines, masks `[batch, 1, height, width]` with 1
+where the picture is repainted, as users give them, unless a name says `keep_mask` (1 keeps), as the networks want it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+
+
+Image = PIL.Image.Image | np.ndarray | torch.Tensor
+Images = Image | Sequence[Image]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_processor = VaeImageProcessor()
+
+
+def latent_size(height: int, width: int, scale_factor: int) -> tuple[int, int]:
+    """Latent height and width for a picture, rounded up to what the UNet can halve as often as the MoVQ does.
+
+    Args:
+        height: of the picture in pixels.
+        width: of the picture in pixels.
+        scale_factor: pixels per latent (8 for the published models, whose pictures thus grow to multiples of 64).
+    """
+    return tuple(-(-size // scale_factor**2) * scale_factor for size in (height, width))  # pyright: ignore
+
+
+def pixels_from(images: Images, height: int, width: int, name: str = "image") -> torch.Tensor:
+    """Pictures as one float32 tensor `[batch, 3, height, width]` in [-1, 1].
+
+    PIL pictures are made RGB and resized with Pillow's bicubic filter and `reducing_gap=1`, as the originals do
+    (`prepare_image` in kandinsky2/utils.py). Arrays are `[height, width, 3]`, tensors `[3, height, width]`, or batches
+    of these; uint8 and floats above 1 count as 0..255, floats with negative values as [-1, 1], other floats as [0, 1].
+    Arrays and tensors of another size are resized bicubically with antialiasing.
+
+    Raises:
+        TypeError: an item is none of these.
+        ValueError: an array or tensor has another shape or other values, or the sequence is empty.
+    """
+    return torch.cat([_pixels_of(image, height, width, name) for image in _as_list(images, name)])
+
+
+def _pixels_of(image: Image, height: int, width: int, name: str) -> torch.Tensor:
+    if isinstance(image, PIL.Image.Image):
+        resized = image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC, reducing_gap=1)
+        return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1.0
+    pixels = _as_batch(image, channels=3, name=name)
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not (lowest >= -1.0 and highest <= 255.0) or (lowest < 0.0 and highest > 1.0):
+        raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [-1, 1], [0, 1] or 0..255.")
+    if highest > 1.0 or not _is_floating(image):
+        pixels = pixels / 127.5 - 1.0
+    elif lowest >= 0.0:
+        pixels = pixels * 2.0 - 1.0
+    if pixels.shape[-2:] != (height, width):
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1.0, 1.0)
+    return pixels
+
+
+def masks_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
+    """Masks as float32 tensors `[batch, 1, h, w]` of their own sizes, 1 where at least 0.5 (white) was given.
+
+    PIL masks are made grey, boolean and uint8 ones scaled; arrays and tensors are `[h, w]`, `[1, h, w]`,
+    `[batch, h, w]` or `[batch, 1, h, w]`, arrays also with the channel last.
+
+    Raises:
+        TypeError: an item is no picture, array or tensor.
+        ValueError: shapes or values (outside [0, 1], or 0..255) are others.
+    """
+    return [_mask_of(mask, name) for mask in _as_list(masks, name)]
+
+
+def _mask_of(mask: Image, name: str) -> torch.Tensor:
+    if isinstance(mask, PIL.Image.Image):
+        mask = np.array(mask.convert("L"))
+    values = _as_batch(mask, channels=1, name=name)
+    lowest, highest = float(values.min()), float(values.max())
+    if lowest < 0.0 or highest > 255.0:
+        raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [0, 1] or 0..255.")
+    return (values >= (127.5 if highest > 1.0 else 0.5)).float()
+
+
+def resize_mask(masks: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """Masks resized with the nearest pixel, as the originals do, to one tensor `[batch, 1, height, width]`."""
+    return torch.cat([F.interpolate(mask, (height, width), mode="nearest") for mask in masks])
+
+
+def grow_repainted(keep_mask: torch.Tensor) -> torch.Tensor:
+    """Every 0 (repaint) also clears six neighbours: up, left, up-left, down, right, down-right.
+
+    (`prepare_mask` in kandinsky2/utils.py, which diffusers kept; the other two diagonals stay.)
+
+    Args:
+        keep_mask: `[batch, 1, height, width]`, 1 keeps.
+    """
+    repainted = 1.0 - keep_mask
+    grown = repainted.clone()
+    height, width = keep_mask.shape[-2:]
+    for down, right in ((-1, 0), (0, -1), (-1, -1), (1, 0), (0, 1), (1, 1)):
+        shifted = F.pad(repainted, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)))
+        top, left = max(-down, 0), max(-right, 0)
+        grown = torch.maximum(grown, shifted[..., top : top + height, left : left + width])
+    return 1.0 - grown
+
+
+def pad_to(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Continue the last row and column down and to the right, to `height` and `width`."""
+    bottom, right = height - pixels.shape[-2], width - pixels.shape[-1]
+    return F.pad(pixels, (0, right, 0, bottom), mode="replicate") if bottom or right else pixels
+
+
+def pixels_to(pixels: torch.Tensor, output_type: str) -> Any:
+    """Pixels in [-1, 1] as a list of PIL pictures, or an array or tensor in [0, 1]; values outside are clamped."""
+    return _processor.postprocess(pixels.float() if output_type != "pt" else pixels, output_type)
+
+
+def _is_floating(image: np.ndarray | torch.Tensor) -> bool:
+    return image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
+
+
+def _as_list(images: Images, name: str) -> list[Image]:
+    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not items:
+        raise ValueError(f"`{name}` is an empty list; at least one picture is needed.")
+    for item in items:
+        if not isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor)):
+            raise TypeError(f"`{name}` is a {type(item).__name__}; accepted are PIL pictures, arrays and tensors.")
+    return items
+
+
+def _as_batch(image: np.ndarray | torch.Tensor, channels: int, name: str) -> torch.Tensor:
+    shape = tuple(image.shape)
+    batch = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    if channels == 1 and batch.ndim == 2:
+        batch = batch[None]
+    if isinstance(image, np.ndarray) and batch.ndim >= 3 and batch.shape[-1] == channels:
+        batch = batch.movedim(-1, -3)
+    if batch.ndim == 3:
+        batch = batch[None] if batch.shape[0] == channels else batch[:, None]
+    if batch.ndim != 4 or batch.shape[1] != channels or not batch.numel():
+        raise ValueError(f"`{name}` has the shape {list(shape)}; accepted is [{channels}, h, w] or a batch of it.")
+    return batch.float()

@@ -1,0 +1,112 @@
+"""Checks of what a pipeline is called with, and the arithmetic of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def as_prompts(prompt: Any, name: str = "prompt") -> list[str]:
+    """A prompt, or a list of them, as a list.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the list is empty.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+        raise TypeError(f"`{name}` is {prompt!r}; accepted is a str or a list of str.")
+    if not prompts:
+        raise ValueError(f"`{name}` is an empty list; at least one prompt is needed.")
+    return list(prompts)
+
+
+def as_negatives(negative: Any, count: int, name: str = "negative_prompt") -> list[str]:
+    """One negative prompt for each of `count` prompts; a single one serves all, None is the empty one.
+
+    Raises:
+        TypeError: it is no str, list of str, or None.
+        ValueError: a list of another length than 1 or `count`.
+    """
+    negatives = as_prompts("" if negative is None else negative, name)
+    if len(negatives) not in (1, count):
+        raise ValueError(f"`{name}` has {len(negatives)} items; accepted is 1, or one for each of {count} prompts.")
+    return negatives * count if len(negatives) == 1 else negatives
+
+
+def as_rows(embeds: Any, name: str) -> torch.Tensor:
+    """Embeddings `[rows, width]` from a tensor or a list of tensors.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: there are none, or they have another number of dimensions.
+    """
+    if embeds is None:
+        raise ValueError(f"`{name}` is missing; the prior pipeline makes it, or use the combined pipeline.")
+    if isinstance(embeds, (list, tuple)) and embeds and all(isinstance(item, torch.Tensor) for item in embeds):
+        embeds = torch.cat([item if item.ndim > 1 else item[None] for item in embeds])
+    if not isinstance(embeds, torch.Tensor):
+        raise TypeError(f"`{name}` is a {type(embeds).__name__}; accepted is a tensor or a list of tensors.")
+    if embeds.ndim != 2:
+        raise ValueError(f"`{name}` has the shape {list(embeds.shape)}; accepted is [rows, width].")
+    return embeds
+
+
+def expand(rows: torch.Tensor, prompts: int, images: int, name: str) -> torch.Tensor:
+    """Repeat the rows of a tensor to one for each image: from one for all, from one per prompt, or as they are.
+
+    Args:
+        rows: `[1 or prompts or images, ...]`.
+        prompts: number of prompts.
+        images: number of images, a multiple of `prompts`; those of one prompt follow each other.
+        name: of the argument, for the error.
+
+    Raises:
+        ValueError: the number of rows is none of these.
+    """
+    if len(rows) not in (1, prompts, images):
+        accepted = " or ".join(map(str, dict.fromkeys((1, prompts, images))))
+        raise ValueError(f"`{name}` has {len(rows)} rows; accepted is {accepted} for {images} images.")
+    return rows.repeat_interleave(images // len(rows), dim=0)
+
+
+def count_images(prompts: int, images_per_prompt: int, rows: int) -> int:
+    """Number of images for so many prompts and rows of embeddings; one prompt serves any number of rows."""
+    if prompts == 1 and rows not in (1, images_per_prompt):
+        return rows
+    return prompts * images_per_prompt
+
+
+def check_counts(**counts: int) -> None:
+    """Raises TypeError or ValueError where a named number is no positive int."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{name}` is {value!r}; accepted is a positive int.")
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}; accepted is 1 or more.")
+
+
+def check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:
+    """Raises ValueError where `value` is not among the accepted ones."""
+    if value not in accepted:
+        raise ValueError(f"`{name}` is {value!r}; accepted is {' or '.join(map(repr, accepted))}.")
+
+
+def check_generators(generator: torch.Generator | list[torch.Generator] | None, images: int) -> None:
+    """Raises ValueError where a list of generators has not one for each image."""
+    if isinstance(generator, list) and len(generator) != images:
+        raise ValueError(f"`generator` is a list of {len(generator)}; accepted is one for each of {images} images.")
+
+
+def check_shape(tensor: torch.Tensor, shape: Sequence[int], name: str) -> None:
+    """Raises ValueError where a tensor has not exactly this shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"`{name}` has the shape {list(tensor.shape)}; accepted is {list(shape)}.")
+
+
+def check_strength(strength: float) -> None:
+    """Raises ValueError where `strength` is not in [0, 1]."""
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"`strength` is {strength}; accepted is 0 (keep the picture) to 1 (forget it).")

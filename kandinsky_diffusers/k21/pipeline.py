@@ -1,0 +1,243 @@
+"""Kandinsky 2.1, text to image: the decoder that draws from image embeddings and a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.kandinsky import KandinskyPipeline as StockKandinskyPipeline
+from diffusers.pipelines.kandinsky import MultilingualCLIP
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from transformers import XLMRobertaTokenizer
+
+from ..decoding import Batch, Conditions, DecoderMixin, callback_for
+from ..movq import MoVQ
+from ..pipeline_base import KandinskyPipelineMixin
+from ..sampling import step_end_callback
+from .text import TextInputs, encode_texts
+
+
+class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipeline):
+    """Text to image with Kandinsky 2.1, from the image embeddings of [`KandinskyPriorPipeline`].
+
+    To change one part, subclass it and override `encode_prompt`, `prepare_latents`, `predict_noise` or
+    `decode_latents`; image-to-image and inpainting are made of the same parts.
+
+    Args:
+        text_encoder: M-CLIP, the multilingual text encoder.
+        tokenizer: of the text encoder.
+        unet: with 4 input channels; one with 9, made for inpainting, is given an empty mask.
+        scheduler: DDIM as published; any diffusers scheduler for noise prediction works.
+        movq: the image autoencoder.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->movq"
+    _callback_tensor_inputs = (
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+        "image_embeds",
+        "negative_image_embeds",
+    )
+
+    def __init__(
+        self,
+        text_encoder: MultilingualCLIP,
+        tokenizer: XLMRobertaTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler | DDPMScheduler,
+        movq: VQModel | MoVQ,
+    ):
+        DiffusionPipeline.__init__(self)
+        self.register_modules(
+            text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, movq=movq
+        )
+        self.movq_scale_factor = 2 ** (len(self.movq.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.movq_scale_factor, resample="bicubic")
+        self._guidance_scale = 1.0
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Text states for the UNet, one row for each image.
+
+        Args:
+            prompt: one or several, in any language M-CLIP knows; None with `prompt_embeds`.
+            device: where the text encoder runs.
+            num_images_per_prompt: how often each row is repeated.
+            do_classifier_free_guidance: whether to make the negative ones too.
+            negative_prompt: one for all, or one for each prompt; None is the empty one.
+            prompt_embeds: hidden states `[prompts, 77, width]` instead of a prompt, with `pooled_prompt_embeds`.
+            negative_prompt_embeds: hidden states instead of a negative prompt, with `negative_pooled_prompt_embeds`.
+            pooled_prompt_embeds: pooled states `[prompts, image width]`.
+            negative_pooled_prompt_embeds: pooled states `[prompts, image width]`.
+
+        Returns:
+            `prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds`, the negative
+            ones None without guidance.
+
+        Raises:
+            TypeError: a prompt is no str.
+            ValueError: a prompt and its states are both given, or neither; or numbers do not fit each other.
+        """
+        device = device or self._execution_device
+        text = TextInputs(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        batch = Batch(text.count, text.count * num_images_per_prompt, (0, 0))
+
+        def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+            return encode_texts(self.text_encoder, self.tokenizer, texts, device)
+
+        def repeated(states: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+            return [batch.expand(state.to(device, self.unet.dtype), "prompt_embeds") for state in states]
+
+        hidden, pooled = repeated(text.positive(encode))
+        if not do_classifier_free_guidance:
+            return hidden, None, pooled, None
+        negative_hidden, negative_pooled = repeated(text.negative(encode))
+        return hidden, negative_hidden, pooled, negative_pooled
+
+    def _encode(self, text: TextInputs, batch: Batch, rows: Conditions, device: torch.device) -> Conditions:
+        """All conditions that text-to-image knows, one row for each picture."""
+        hidden, negative_hidden, pooled, negative_pooled = self.encode_prompt(
+            device=device,
+            num_images_per_prompt=batch.images_per_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            **vars(text),
+        )
+        return {
+            "prompt_embeds": hidden,
+            "negative_prompt_embeds": negative_hidden,
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": negative_pooled,
+            **self._embeds_for(batch, rows, device),
+        }
+
+    def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """What the UNet says of `latents` at `timestep`.
+
+        Args:
+            latents: `[batch, 4, height, width]`.
+            timestep: a training timestep.
+            conditions: named tensors with one row for each image: those of the callback, and `masked_latents` and
+                `keep_mask` when inpainting.
+
+        Returns:
+            Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
+            where guidance is off.
+        """
+        return self.unet(
+            sample=self._unet_input(latents, timestep, conditions),
+            timestep=timestep,
+            encoder_hidden_states=self._both(conditions, "prompt_embeds"),
+            added_cond_kwargs={
+                "text_embeds": self._both(conditions, "pooled_prompt_embeds"),
+                "image_embeds": self._both(conditions, "image_embeds"),
+            },
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
+        negative_image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 512,
+        width: int = 512,
+        num_inference_steps: int = 100,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback: Callable[[int, int, torch.Tensor], None] | None = None,
+        callback_steps: int | None = 1,
+        return_dict: bool = True,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        callback_on_step_end: Callable[..., dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw.
+
+        Args:
+            prompt: one or several; one for all image embeddings if there are more of these.
+            image_embeds: `[prompts, width]` from the prior, or one row for each image.
+            negative_image_embeds: of the unconditional half; not needed at a guidance scale of 1.
+            negative_prompt: one for all, or one for each prompt; None is the empty one.
+            height: of the picture in pixels, any.
+            width: of the picture in pixels, any.
+            num_inference_steps: of the scheduler.
+            guidance_scale: 1 draws without guidance.
+            num_images_per_prompt: pictures for each prompt.
+            generator: one, or one for each picture, which then is the same in any batch.
+            latents: noise to start from, `[pictures, 4, latent height, latent width]`.
+            output_type: `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"`.
+            callback: older form of `callback_on_step_end`: called with index, timestep and latents.
+            callback_steps: `callback` is called at every such step.
+            return_dict: return a tuple if False.
+            prompt_embeds: see [`encode_prompt`].
+            negative_prompt_embeds: see [`encode_prompt`].
+            pooled_prompt_embeds: see [`encode_prompt`].
+            negative_pooled_prompt_embeds: see [`encode_prompt`].
+            callback_on_step_end: called after each step with the pipeline, the step's index, the timestep and a dict
+                of tensors; what it returns in a dict replaces them.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described; it is named.
+        """
+        callback_on_step_end = callback_for(callback_on_step_end, callback, callback_steps)
+        text = TextInputs(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+        )
+        batch, rows = self._check(
+            text.count,
+            {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds},
+            (height, width),
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+        device = self._execution_device
+        conditions = self._encode(text, batch, rows, device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = self.prepare_latents(self._latent_shape(batch), self.unet.dtype, device, generator, latents)
+        on_step_end = step_end_callback(self, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(latents, self.scheduler.timesteps, conditions, generator, on_step_end)
+        images = latents if output_type == "latent" else self.decode_latents(latents, height, width)
+        return self._output(images, output_type, return_dict)

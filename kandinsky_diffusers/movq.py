@@ -1,0 +1,164 @@
+"""MoVQ, the autoencoder of every Kandinsky from 2.1 on: stock's weights and numbers, and pictures of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from .components import SavedAsStock
+
+
+QUANTIZED_AT_ONCE = 4096  # latent pixels whose distances to all codes are held in memory: those of a 512 x 512 picture
+
+
+class MoVQ(SavedAsStock, VQModel):
+    """[`VQModel`] with slicing, tiling and group offloading; otherwise it computes exactly what stock does.
+
+    Tiling follows KandiSuperRes: pictures are encoded in tiles that do not overlap, and decoded in tiles that do, the
+    overlap fading linearly from one tile into the next. Models whose decoder takes codebook indices
+    (`lookup_from_codebook`) decode whole.
+    """
+
+    _supports_group_offloading = True
+    _group_offload_block_modules = ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder")
+
+    use_slicing = False
+    use_tiling = False
+    tile_sample_min_size = 1024
+    tile_overlap = 0.25
+
+    def enable_tiling(self, tile_sample_min_size: int = 1024, overlap: float = 0.25) -> None:
+        """Work on one tile at a time where height or width exceeds a tile, so that memory does not grow with the size.
+
+        Args:
+            tile_sample_min_size: side of a tile in pixels; rounded down to what the model can encode.
+            overlap: share of a tile that fades into its neighbour when decoding, at least 0 and below 1.
+
+        Raises:
+            ValueError: a tile has no latent pixel, or nothing of it is left beside the overlap.
+        """
+        side = tile_sample_min_size // self._scale
+        if side < 1:
+            raise ValueError(f"`tile_sample_min_size` is {tile_sample_min_size}; accepted is at least {self._scale}.")
+        if not 0 <= overlap < 1 or int(side * (1 - overlap)) < 1:
+            raise ValueError(
+                f"`overlap` is {overlap}; accepted is at least 0 and below 1, with one of the {side} latent pixels of "
+                "a tile left."
+            )
+        self.tile_sample_min_size, self.tile_overlap = tile_sample_min_size, overlap
+        super().enable_tiling()
+
+    @apply_forward_hook
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
+        """Latents of pictures.
+
+        Args:
+            x: `[batch, channels, height, width]` in [-1, 1].
+            return_dict: return a tuple if False.
+        """
+        latents = self._sliced(self._encode_tiled, x)
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(
+        self,
+        h: torch.Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: tuple[int, ...] | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Pictures of latents, nominally in [-1, 1], not clipped.
+
+        Args:
+            h: `[batch, channels, height, width]`.
+            force_not_quantize: decode `h` as it is, not its nearest codes; Kandinsky does.
+            return_dict: return a tuple if False.
+            shape: of the latents, where `h` are codebook indices.
+        """
+        if self.config.lookup_from_codebook:
+            return super().decode(h, force_not_quantize, return_dict, shape)
+        loss = h.new_zeros(len(h))
+        if not force_not_quantize:
+            h, loss = self._nearest_codes(h)
+        sample = self._sliced(self._decode_tiled, h)
+        return DecoderOutput(sample=sample, commit_loss=loss) if return_dict else (sample, loss)
+
+    @property
+    def _scale(self) -> int:
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        if not self.use_slicing or len(batch) == 1:
+            return function(batch)
+        return torch.cat([function(one) for one in batch.split(1)])
+
+    def _encode_whole(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().encode(pixels).latents
+
+    def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode(latents, force_not_quantize=True).sample
+
+    def _encode_tiled(self, pixels: torch.Tensor) -> torch.Tensor:
+        side = self.tile_sample_min_size // self._scale * self._scale
+        height, width = pixels.shape[-2:]
+        if not self.use_tiling or max(height, width) <= side:
+            return self._encode_whole(pixels)
+        # a rest at the border that is narrower than a latent pixel has no latent, tiled or whole
+        tops, lefts = (range(0, max(size - self._scale + 1, 1), side) for size in (height, width))
+        rows = []
+        for top in tops:
+            tiles = (pixels[..., top : top + side, left : left + side] for left in lefts)
+            rows.append(torch.cat([self._encode_whole(tile) for tile in tiles], dim=-1))
+        return torch.cat(rows, dim=-2)
+
+    def _decode_tiled(self, latents: torch.Tensor) -> torch.Tensor:
+        side = self.tile_sample_min_size // self._scale
+        height, width = latents.shape[-2:]
+        if not self.use_tiling or max(height, width) <= side:
+            return self._decode_whole(latents)
+        stride = int(side * (1 - self.tile_overlap))
+        kept, fading = stride * self._scale, (side - stride) * self._scale
+        rows, above = [], []
+        for top in range(0, height, stride):
+            row: list[torch.Tensor] = []
+            for left in range(0, width, stride):
+                tile = self._decode_whole(latents[..., top : top + side, left : left + side])
+                if above:
+                    tile = _fade(above[len(row)], tile, fading, dim=-2)
+                if row:
+                    tile = _fade(row[-1], tile, fading, dim=-1)
+                row.append(tile)
+            rows.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
+            above = row
+        return torch.cat(rows, dim=-2)
+
+    def _nearest_codes(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`VectorQuantizer`] computes, in bounded memory.
+
+        The codebook is read by calling the embedding: offloading brings weights in for a call, and stock's quantiser
+        reads them without one.
+        """
+        codes = self.quantize.embedding(torch.arange(self.quantize.n_e, device=latents.device))
+        pixels = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        nearest = [torch.cdist(some, codes).argmin(dim=1) for some in pixels.split(QUANTIZED_AT_ONCE)]
+        chosen = codes[torch.cat(nearest)]
+        loss = F.mse_loss(chosen.detach(), pixels) + self.quantize.beta * F.mse_loss(chosen, pixels.detach())
+        quantized = pixels + (chosen - pixels).detach()  # gradients pass straight through
+        batch, channels, height, width = latents.shape
+        return quantized.view(batch, height, width, channels).permute(0, 3, 1, 2).contiguous(), loss
+
+
+def _fade(before: torch.Tensor, tile: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
+    """`tile`, its beginning along `dim` faded in over the end of the tile before it."""
+    extent = min(extent, before.shape[dim], tile.shape[dim])
+    weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
+    weight = weight.view(-1, *[1] * (-1 - dim))
+    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    beginning, rest = tile.split([extent, tile.shape[dim] - extent], dim)
+    return torch.cat([end * (1 - weight) + beginning * weight, rest], dim)

@@ -1,0 +1,93 @@
+"""What all pipelines share: components of ours in the place of stock ones, saving, and the MoVQ's memory savings."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+
+from .attention import enable_xformers, use_dispatched_attention
+from .components import adopt, stock_identity
+
+
+SIDE_SCHEDULERS = ("ddpm_scheduler", "ancestral_scheduler")
+
+
+class KandinskyPipelineMixin:
+    """Mixed in before the stock pipeline class.
+
+    A stock component for which there is a better class is taken on as a view of that class; `model_index.json` goes on
+    naming the stock class, so that what is saved loads without this package.
+    """
+
+    _exact_reference = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        value = adopt(value)
+        if isinstance(value, UNet2DConditionModel):
+            use_dispatched_attention(value)
+        super().__setattr__(name, value)
+        identity = stock_identity(value)
+        if identity is not None and name in self.config:
+            self.register_to_config(**{name: identity})
+
+    def exact_reference(self, enabled: bool = True) -> Self:
+        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""
+        self._exact_reference = enabled
+        return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does, and keeps the side folders with further schedulers of the repo it was loaded from."""
+        side_schedulers = _side_schedulers(self.config.get("_name_or_path"))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name, config in side_schedulers.items():
+            folder = Path(save_directory) / name
+            folder.mkdir(exist_ok=True)
+            (folder / SCHEDULER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        """Run the attention of every model that can on xformers.
+
+        Raises:
+            ValueError: `attention_op` is given; xformers chooses the operator here.
+            ImportError, RuntimeError: xformers or a CUDA device is missing.
+        """
+        if attention_op is not None:
+            raise ValueError("`attention_op` is not supported; accepted is None, xformers then chooses the operator.")
+        for component in self.components.values():
+            if isinstance(component, torch.nn.Module):
+                enable_xformers(component)
+
+    def enable_movq_slicing(self) -> None:
+        """Encode and decode the pictures of a batch one after the other."""
+        self.movq.enable_slicing()
+
+    def disable_movq_slicing(self) -> None:
+        """Encode and decode a batch at once."""
+        self.movq.disable_slicing()
+
+    def enable_movq_tiling(self, *args: Any, **kwargs: Any) -> None:
+        """Encode and decode large pictures in tiles; arguments as for [`MoVQ.enable_tiling`]."""
+        self.movq.enable_tiling(*args, **kwargs)
+
+    def disable_movq_tiling(self) -> None:
+        """Encode and decode pictures whole."""
+        self.movq.disable_tiling()
+
+    enable_vae_slicing, disable_vae_slicing = enable_movq_slicing, disable_movq_slicing
+    enable_vae_tiling, disable_vae_tiling = enable_movq_tiling, disable_movq_tiling
+
+
+def _side_schedulers(repo: str | None) -> dict[str, dict[str, Any]]:
+    """Configurations of the schedulers beside the one that a repo's index names, from folder or Hub."""
+    configs: dict[str, dict[str, Any]] = {}
+    for name in SIDE_SCHEDULERS if repo else ():
+        with suppress(OSError):  # most repos have none (any scheduler class can read the file)
+            configs[name] = DDPMScheduler.load_config(repo, subfolder=name)
+    return configs

@@ -1,0 +1,163 @@
+"""Takes our pipelines and components into diffusers. The only file that touches its private parts.
+
+A class with a stock name replaces the stock class under its key in the AutoPipeline tables and as an attribute of
+`diffusers`; a new class is added. Everything is written down, and `unregister` takes exactly that back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+import diffusers
+from packaging.specifiers import SpecifierSet
+
+from . import k21, movq, prior, schedulers
+
+
+SUPPORTED_DIFFUSERS = SpecifierSet(">=0.42,<0.43")
+LIBRARY = "kandinsky_diffusers"
+
+TASKS = ("text2image", "image2image", "inpainting")
+
+# Key of the AutoPipeline tables -> task -> the class that takes a prompt, and the decoder behind it if there is one.
+FAMILIES: dict[str, dict[str, tuple[type, type | None]]] = {
+    "kandinsky": {
+        "text2image": (k21.KandinskyCombinedPipeline, k21.KandinskyPipeline),
+        "image2image": (k21.KandinskyImg2ImgCombinedPipeline, k21.KandinskyImg2ImgPipeline),
+        "inpainting": (k21.KandinskyInpaintCombinedPipeline, k21.KandinskyInpaintPipeline),
+    },
+}
+
+# Pipelines that no AutoPipeline finds.
+OTHER_PIPELINES: tuple[type, ...] = (k21.KandinskyPriorPipeline,)
+
+COMPONENTS: tuple[type, ...] = (
+    movq.MoVQ,
+    prior.CachedPriorTransformer,
+    schedulers.KandinskyAncestralScheduler,
+    schedulers.KandinskyDDIMScheduler,
+    schedulers.KandinskyPNDMScheduler,
+    schedulers.KandinskyUnCLIPScheduler,
+)
+
+_ABSENT = object()
+_journal: list[tuple[MutableMapping[str, Any], str, Any]] = []
+
+
+class UnsupportedDiffusersError(ImportError):
+    """The installed diffusers is not one that this package knows from the inside."""
+
+
+def register() -> None:
+    """Make diffusers use our classes; a second call changes nothing.
+
+    Raises:
+        UnsupportedDiffusersError: the installed diffusers is outside the supported range, or has changed inside.
+    """
+    if _journal:
+        return
+    _check_version()
+    tables, loadable, importable = _private_parts()
+    for key, family in FAMILIES.items():
+        for task, (pipeline, decoder) in family.items():
+            for table, cls in zip(tables[task], (pipeline, decoder), strict=True):
+                if cls is not None:
+                    _put(table, key, cls)
+                    _put(vars(diffusers), cls.__name__, cls)
+    for cls in (*OTHER_PIPELINES, *COMPONENTS):
+        _put(vars(diffusers), cls.__name__, cls)
+    methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in COMPONENTS}
+    _put(loadable, LIBRARY, methods)
+    for name, names_of_methods in methods.items():
+        _put(importable, name, names_of_methods)
+
+
+def unregister() -> None:
+    """Give diffusers back as it was before [`register`]; a second call changes nothing."""
+    while _journal:
+        mapping, key, previous = _journal.pop()
+        if previous is _ABSENT:
+            del mapping[key]
+        else:
+            mapping[key] = previous
+
+
+def register_pipeline(cls: type, *, tasks: str | Iterable[str], key: str) -> type:
+    """Let the AutoPipelines find your subclass of one of our pipelines.
+
+    The other tasks of the family are there under the same key, so that `from_pipe` leads from your pipeline to them;
+    the way back leads to the class that you have subclassed.
+
+    Args:
+        cls: your class; repos that it saves name it.
+        tasks: one or several of `"text2image"`, `"image2image"`, `"inpainting"`.
+        key: a name for the family that the AutoPipelines do not know yet.
+
+    Returns:
+        `cls`, so that it can be used in an expression.
+
+    Raises:
+        TypeError: `cls` is no subclass of a pipeline of this package.
+        ValueError: a task is unknown, the key is taken, or another class is registered under the name of `cls`.
+    """
+    register()
+    wanted = {tasks} if isinstance(tasks, str) else set(tasks)
+    if not wanted or not wanted <= set(TASKS):
+        raise ValueError(f"`tasks` is {sorted(wanted)}; accepted is one or several of {list(TASKS)}.")
+    family = _family_of(cls)
+    tables = _private_parts()[0]
+    known = {name: entry for table in tables.values() for name, entry in table[0].items()}
+    if key in known and cls not in [tables[task][0].get(key) for task in TASKS]:
+        raise ValueError(f"`key` {key!r} is taken; choose one that is not among {sorted(known)}.")
+    namesake = getattr(diffusers, cls.__name__, cls)
+    if namesake is not cls:
+        raise ValueError(f"a class named {cls.__name__!r} is registered already; give your class a name of its own.")
+    for task in TASKS:
+        entry = cls if task in wanted else family.get(task)
+        if entry is not None:
+            _put(tables[task][0], key, entry)
+    _put(vars(diffusers), cls.__name__, cls)
+    return cls
+
+
+def _family_of(cls: type) -> dict[str, type]:
+    """Task -> class of the family that `cls` comes from: combined pipelines for a combined one, else decoders."""
+    for base in cls.__mro__[1:]:
+        for family in FAMILIES.values():
+            for column in (0, 1):
+                classes = {task: entry[column] for task, entry in family.items() if entry[column] is not None}
+                if base in classes.values():
+                    return classes
+    raise TypeError(f"{cls.__name__} is no subclass of a pipeline of {LIBRARY} that AutoPipelines find.")
+
+
+def _put(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
+    _journal.append((mapping, key, mapping.get(key, _ABSENT)))
+    mapping[key] = value
+
+
+def _check_version() -> None:
+    if diffusers.__version__ not in SUPPORTED_DIFFUSERS:
+        raise UnsupportedDiffusersError(
+            f"{LIBRARY} supports diffusers {SUPPORTED_DIFFUSERS}, but {diffusers.__version__} is installed."
+        )
+
+
+def _private_parts() -> tuple[dict[str, tuple[Any, Any]], Any, Any]:
+    """The AutoPipeline tables by task (for prompts, for decoders), and which classes diffusers loads from where."""
+    try:
+        from diffusers.pipelines import auto_pipeline as auto
+        from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+        tables = {
+            "text2image": (auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto._AUTO_TEXT2IMAGE_DECODER_PIPELINES_MAPPING),
+            "image2image": (auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, auto._AUTO_IMAGE2IMAGE_DECODER_PIPELINES_MAPPING),
+            "inpainting": (auto.AUTO_INPAINT_PIPELINES_MAPPING, auto._AUTO_INPAINT_DECODER_PIPELINES_MAPPING),
+        }
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedDiffusersError(
+            f"{LIBRARY} supports diffusers {SUPPORTED_DIFFUSERS}; in {diffusers.__version__} a part that it relies on"
+            f" is missing: {error}"
+        ) from error
+    return tables, LOADABLE_CLASSES, ALL_IMPORTABLE_CLASSES

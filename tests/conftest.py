@@ -1,0 +1,79 @@
+"""What every test gets: no network, fixed seeds, few threads, and a converted tiny release to work with."""
+
+from __future__ import annotations
+
+import os
+
+
+# read by the libraries when they are imported, so before any other import
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.goldens import GoldenFamily, golden_family
+from tests.support.release import build_release
+
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Turn every attempt to leave this machine into an error (tests of the Hub run a server on 127.0.0.1)."""
+    connect = socket.socket.connect
+
+    def connect_locally(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOOPBACK:
+            raise RuntimeError(f"a test tried to reach {address}; tests use this machine alone")
+        connect(self, address)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", connect_locally)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start each test from the same state of the global random generators."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def goldens_21() -> GoldenFamily:
+    """The family `kandinsky-2.1` of the golden set in use."""
+    return golden_family("kandinsky-2.1")
+
+
+@pytest.fixture(scope="session")
+def release_21(goldens_21: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Kandinsky 2.1 release with the published file names, and CLIP in its folder ``clip``. Read only."""
+    return build_release(goldens_21.path, tmp_path_factory.mktemp("release") / "kandinsky-2.1")
+
+
+@pytest.fixture(scope="session")
+def converted_21(goldens_21: GoldenFamily, release_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the converted repositories of `release_21`. Read only: copy what a test changes."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    convert(
+        release_21,
+        output,
+        version="2.1",
+        clip=release_21 / "clip",
+        original_config=goldens_21.path / "hyperparameters.json",
+    )
+    return output

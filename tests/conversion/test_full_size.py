@@ -1,0 +1,85 @@
+"""The published release, as lists of keys and shapes: everything is accounted for, forwards and backwards."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from kandinsky_diffusers.conversion import ConversionError, plan, plan_source
+
+
+INVENTORIES = Path(__file__).parents[1] / "data" / "inventory"
+FILES = sorted(path.name for path in INVENTORIES.glob("k21_*.json.gz"))
+
+
+def shapes_of(name: str) -> dict[str, list[int]]:
+    return json.loads(gzip.decompress((INVENTORIES / name).read_bytes()))["tensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_is_used_and_comes_back(name):
+    found, plans = plan_source(INVENTORIES / name)
+    (model,) = plans
+    (file,) = found.inputs.files.values()
+    assert not model.plan.dropped
+    assert model.plan.inverse.target_shapes == file.shapes
+
+
+def test_all_files_together_make_whole_models():
+    _, plans = plan_source(INVENTORIES, version="2.1")
+    assert {model.component.class_name for model in plans} == {
+        "UNet2DConditionModel",
+        "PriorTransformer",
+        "VQModel",
+        "MultilingualCLIP",
+    }
+    for model in plans:
+        assert not model.notes
+        assert model.plan.target_shapes.keys() == model.model.state_dict().keys()
+
+
+def test_nothing_is_allocated():
+    _, plans = plan_source(INVENTORIES / "k21_decoder_fp16.ckpt.json.gz")
+    assert all(tensor.is_meta for tensor in plans[0].model.state_dict().values())
+
+
+def test_the_published_sizes_are_found():
+    config = plan(shapes_of("k21_inpainting_fp16.ckpt.json.gz"))[0].config
+    assert config["in_channels"] == 9
+    assert config["block_out_channels"] == [384, 768, 1152, 1536]
+    assert config["layers_per_block"] == 3
+    prior = plan(shapes_of("k21_prior_fp16.ckpt.json.gz"))[0].config
+    assert (prior["num_layers"], prior["num_attention_heads"], prior["attention_head_dim"]) == (20, 32, 64)
+
+
+def test_the_original_config_tells_what_shapes_cannot():
+    config = {"model_config": {"num_head_channels": 32}, "prior": {"params": {"model": {"hparams": {"xf_heads": 16}}}}}
+    unet = plan(shapes_of("k21_decoder_fp16.ckpt.json.gz"), original_config=config)[0]
+    prior = plan(shapes_of("k21_prior_fp16.ckpt.json.gz"), original_config=config)[0]
+    assert unet.config["attention_head_dim"] == 32
+    assert (prior.config["num_attention_heads"], prior.config["attention_head_dim"]) == (16, 128)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "stats" not in name])
+def test_one_key_too_many_is_named(name):
+    shapes = {**shapes_of(name), "loss.discriminator.weight": [4, 4]}
+    with pytest.raises(ConversionError, match=r"loss\.discriminator\.weight"):
+        plan(shapes)
+    assert "loss.discriminator.weight" in plan(shapes, drop=["loss.*"])[0].plan.dropped
+
+
+@pytest.mark.parametrize("name", ["k20_Kandinsky-2-0.pt.json.gz", "k20_text_encoder1__pytorch_model.bin.json.gz"])
+def test_files_of_other_releases_are_not_taken_for_ours(name):
+    with pytest.raises(ConversionError):
+        plan(shapes_of(name))
+
+
+def test_old_files_with_position_numbers_convert_too():
+    shapes = {
+        **shapes_of("k21_text_encoder__pytorch_model.bin.json.gz"),
+        "transformer.embeddings.position_ids": [1, 514],
+    }
+    assert list(plan(shapes)[0].plan.dropped) == ["transformer.embeddings.position_ids"]
