@@ -36,9 +36,9 @@ def random_prior(dtype: torch.dtype) -> PriorTransformer:
     """The prior of 2.1 and 2.2 at full size, with random weights."""
     torch.manual_seed(0)
     prior = PriorTransformer().eval()
-    for parameter in (prior.positional_embedding, prior.prd_embedding):
-        torch.nn.init.normal_(parameter, std=0.02)
-    return prior.to(dtype)
+    for name in ("positional_embedding", "prd_embedding"):
+        torch.nn.init.normal_(prior.get_parameter(name), std=0.02)
+    return prior.to(dtype=dtype)
 
 
 def random_conditions(prior: PriorTransformer) -> dict[str, torch.Tensor]:
@@ -71,8 +71,8 @@ def sample(prior: PriorTransformer, conditions: dict[str, torch.Tensor], steps: 
         prediction = prior(latents.expand(2, -1), t, **inputs).predicted_image_embedding
         unconditional, conditional = prediction.chunk(2)
         guided = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
-        previous = timesteps[i + 1] if i + 1 < steps else None
-        latents = scheduler.step(guided, t, latents, generator=generator, prev_timestep=previous).prev_sample
+        previous = int(timesteps[i + 1]) if i + 1 < steps else None
+        latents = scheduler.step(guided, int(t), latents, generator=generator, prev_timestep=previous).prev_sample
     return latents
 
 

@@ -6,6 +6,8 @@ the 2.x UNets and of the prior do not; those here do, and compute the same numbe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import attention_backend
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -50,7 +52,7 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
         ValueError: when called with a mask although the chosen backend cannot take one.
     """
 
-    _attention_backend: AttentionBackendName | str | None = None
+    _attention_backend: AttentionBackendName | None = None
 
     def __call__(
         self,
@@ -107,7 +109,7 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         ValueError: when called with a mask although the chosen backend cannot take one.
     """
 
-    _attention_backend: AttentionBackendName | str | None = None
+    _attention_backend: AttentionBackendName | None = None
 
     def __call__(
         self,
@@ -136,8 +138,9 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
             key = torch.cat([key, _split_heads(attn, attn.to_k(hidden_states))], dim=1)
             value = torch.cat([value, _split_heads(attn, attn.to_v(hidden_states))], dim=1)
 
-        mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
-        output = _project_out(attn, _attend(self._attention_backend, query, key, value, mask))
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
+        output = _project_out(attn, _attend(self._attention_backend, query, key, value, attention_mask))
         return output.transpose(1, 2).reshape(residual.shape) + residual
 
 
@@ -160,7 +163,7 @@ def use_dispatched_attention(model: torch.nn.Module) -> None:
 
 
 def enable_xformers(model: torch.nn.Module) -> None:
-    """Run the attention of `model` on xformers, on this model alone.
+    """Run the attention of `model` on xformers, on this model alone. One without diffusers' attention stays as it is.
 
     Raises:
         ModuleNotFoundError: xformers is not installed.
@@ -174,15 +177,17 @@ def enable_xformers(model: torch.nn.Module) -> None:
     if not torch.cuda.is_available():
         raise ValueError("xformers needs a CUDA device, and there is none.")
     use_dispatched_attention(model)
-    for layer in _attention_layers(model):
+    layers = _attention_layers(model)
+    for layer in layers:
         if not hasattr(layer.processor, "_attention_backend"):
             raise ValueError(
                 f"`model` has an attention layer with a {type(layer.processor).__name__}, which cannot run on "
                 "xformers; accepted are diffusers' default processors."
             )
-    # `set_attention_backend` also makes its choice everybody's default; leaving this context takes that back
-    with attention_backend(AttentionBackendName.NATIVE):
-        model.set_attention_backend(AttentionBackendName.XFORMERS.value)
+    if layers:
+        # `set_attention_backend` also makes its choice everybody's default; leaving this context takes that back
+        with attention_backend(AttentionBackendName.NATIVE):
+            model.set_attention_backend(AttentionBackendName.XFORMERS.value)
 
 
 def _attention_layers(model: torch.nn.Module) -> list[Attention]:
@@ -200,7 +205,7 @@ def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    backend: AttentionBackendName | str | None,
+    backend: AttentionBackendName | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -208,7 +213,7 @@ def _attend(
 ) -> torch.Tensor:
     if mask is not None:
         # none chosen means the default, which another model's choice may have changed to one without masks
-        backend = AttentionBackendName(backend or AttentionBackendName.NATIVE)
+        backend = backend or AttentionBackendName.NATIVE
         if backend not in MASKING_BACKENDS:
             raise ValueError(
                 f"the attention backend {backend.value!r} cannot take the attention mask of this model; accepted by "
@@ -218,5 +223,6 @@ def _attend(
 
 
 def _project_out(attn: Attention, output: torch.Tensor) -> torch.Tensor:
-    projection, dropout = attn.to_out
+    layers: Any = attn.to_out
+    projection, dropout = layers
     return dropout(projection(output))

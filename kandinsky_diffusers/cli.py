@@ -175,3 +175,7 @@ def _show_files(reports: list[FileReport], place: Path) -> None:
         name = report.path.relative_to(place) if place.is_dir() else report.path.name
         table.add_row(f"{name}\n{report.sha256}", *kind, f"{report.parameters:,}", f"{report.size:,}")
     Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

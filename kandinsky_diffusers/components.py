@@ -76,9 +76,9 @@ def view_as(component: Any, cls: type[T]) -> T:
     hook = _detach_placement(component)
     _remove_leftovers(component)
     _check_forward_is_free(component)
-    view = cls.__new__(cls)
+    view: Any = cls.__new__(cls)
     object.__setattr__(view, "__dict__", vars(component))
-    if isinstance(view, SavedAsStock):
+    if issubclass(cls, SavedAsStock):
         view._on_shared_state()
     if hook is not None:
         from accelerate.hooks import add_hook_to_module

@@ -166,7 +166,9 @@ def _named_by_card(card: Path) -> str | None:
     if not card.is_file():
         return None
     named = ModelCard.load(card, ignore_metadata_errors=True).data.get("prior")
-    return named[0] if isinstance(named, list) and named else named
+    if isinstance(named, list):
+        return named[0] if named else None
+    return named
 
 
 def _named_by_card_on_hub(repo: str, hub_options: dict[str, Any]) -> str | None:

@@ -13,11 +13,20 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from . import sampling
 from .images import OUTPUT_TYPES, latent_size, pad_to, pixels_from, pixels_to
-from .inputs import as_rows, check_choice, check_counts, check_generators, check_shape, count_images, expand
+from .inputs import (
+    as_rows,
+    check_at_most,
+    check_choice,
+    check_counts,
+    check_generators,
+    check_shape,
+    count_images,
+    expand,
+)
 from .schedulers import noise_to
 
 
-Conditions = dict[str, torch.Tensor | None]
+Conditions = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class DecoderMixin:
         if image_latents is not None and noise_timestep is None:
             return image_latents
         noise = sampling.draw_noise(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
-        if image_latents is None:
+        if image_latents is None or noise_timestep is None:
             return noise * self.scheduler.init_noise_sigma
         return noise_to(self.scheduler, image_latents, noise, noise_timestep)
 
@@ -148,6 +157,7 @@ class DecoderMixin:
             num_inference_steps=num_inference_steps,
             num_images_per_prompt=num_images_per_prompt,
         )
+        check_at_most("num_inference_steps", num_inference_steps, self.scheduler.config.num_train_timesteps)
         check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)

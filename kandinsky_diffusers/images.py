@@ -52,7 +52,7 @@ def pixels_from(images: Images, height: int, width: int, name: str = "image") ->
 def _pixels_of(image: Image, height: int, width: int, name: str) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
         resized = image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC, reducing_gap=1)
-        return torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1.0
+        return torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2) / 127.5 - 1.0
     pixels = _as_batch(image, channels=3, name=name)
     lowest, highest = float(pixels.min()), float(pixels.max())
     if not (lowest >= -1.0 and highest <= 255.0) or (lowest < 0.0 and highest > 1.0):
@@ -128,7 +128,7 @@ def _is_floating(image: np.ndarray | torch.Tensor) -> bool:
 
 
 def _as_list(images: Images, name: str) -> list[Image]:
-    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    items: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
     if not items:
         raise ValueError(f"`{name}` is an empty list; at least one picture is needed.")
     for item in items:
@@ -139,7 +139,7 @@ def _as_list(images: Images, name: str) -> list[Image]:
 
 def _as_batch(image: np.ndarray | torch.Tensor, channels: int, name: str) -> torch.Tensor:
     shape = tuple(image.shape)
-    batch = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    batch = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
     if channels == 1 and batch.ndim == 2:
         batch = batch[None]
     if isinstance(image, np.ndarray) and batch.ndim >= 3 and batch.shape[-1] == channels:

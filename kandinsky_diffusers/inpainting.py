@@ -46,7 +46,7 @@ class Crop:
             raise ValueError(f"`output_type` is {output_type!r}; accepted with `padding_mask_crop` is 'pil'.")
         if padding < 0:
             raise ValueError(f"`padding_mask_crop` is {padding}; accepted is 0 or more.")
-        mask_image = mask_image.convert("L").point(lambda value: 255 if value >= 128 else 0)
+        mask_image = mask_image.convert("L").point([0] * 128 + [255] * 128)
         if mask_image.getbbox() is None:
             raise ValueError("`mask_image` is black everywhere; with `padding_mask_crop` something must be white.")
         height, width = size

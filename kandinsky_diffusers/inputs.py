@@ -88,6 +88,12 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"`{name}` is {value}; accepted is 1 or more.")
 
 
+def check_at_most(name: str, value: int, limit: int) -> None:
+    """Raises ValueError where `value` is above `limit`."""
+    if value > limit:
+        raise ValueError(f"`{name}` is {value}; accepted is up to {limit}.")
+
+
 def check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:
     """Raises ValueError where `value` is not among the accepted ones."""
     if value not in accepted:

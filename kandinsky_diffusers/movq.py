@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ class MoVQ(SavedAsStock, VQModel):
     """
 
     _supports_group_offloading = True
-    _group_offload_block_modules = ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder")
+    # everything that `encode` and `decode` call, since the hooks of offloading sit there; `embedding` is in `quantize`
+    _group_offload_block_modules = ("encoder", "quant_conv", "quantize", "embedding", "post_quant_conv", "decoder")
 
     use_slicing = False
     use_tiling = False
@@ -72,7 +74,7 @@ class MoVQ(SavedAsStock, VQModel):
         force_not_quantize: bool = False,
         return_dict: bool = True,
         shape: tuple[int, ...] | None = None,
-    ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Pictures of latents, nominally in [-1, 1], not clipped.
 
         Args:
@@ -83,7 +85,7 @@ class MoVQ(SavedAsStock, VQModel):
         """
         if self.config.lookup_from_codebook:
             return super().decode(h, force_not_quantize, return_dict, shape)
-        loss = h.new_zeros(len(h))
+        loss: Any = h.new_zeros(len(h))
         if not force_not_quantize:
             h, loss = self._nearest_codes(h)
         sample = self._sliced(self._decode_tiled, h)

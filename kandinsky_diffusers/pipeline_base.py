@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.hooks import apply_group_offloading
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from .attention import enable_xformers, use_dispatched_attention
@@ -51,6 +53,31 @@ class KandinskyPipelineMixin:
             folder.mkdir(exist_ok=True)
             (folder / SCHEDULER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        *args: Any,
+        offload_to_disk_path: str | os.PathLike | None = None,
+        exclude_modules: str | list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """As diffusers does, but each model gets a folder of its own below `offload_to_disk_path`.
+
+        In one folder the files of layers that are called the same in two models would overwrite each other.
+        """
+        if offload_to_disk_path is None:
+            super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **options)
+            return
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        for name, component in self.components.items():
+            if not isinstance(component, torch.nn.Module):
+                continue
+            if name in excluded:
+                component.to(onload_device)
+                continue
+            enable = getattr(component, "enable_group_offload", partial(apply_group_offloading, component))
+            enable(onload_device, *args, offload_to_disk_path=str(Path(offload_to_disk_path, name)), **options)
+
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Run the attention of every model that can on xformers.
 
@@ -86,8 +113,10 @@ class KandinskyPipelineMixin:
 
 def _side_schedulers(repo: str | None) -> dict[str, dict[str, Any]]:
     """Configurations of the schedulers beside the one that a repo's index names, from folder or Hub."""
-    configs: dict[str, dict[str, Any]] = {}
-    for name in SIDE_SCHEDULERS if repo else ():
+    configs: dict[str, Any] = {}
+    if repo is None:
+        return configs
+    for name in SIDE_SCHEDULERS:
         with suppress(OSError):  # most repos have none (any scheduler class can read the file)
             configs[name] = DDPMScheduler.load_config(repo, subfolder=name)
     return configs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import PriorTransformer
 from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
+from torch.overrides import TorchFunctionMode
 
 from .attention import DispatchedAttnProcessor, KeyValueCache, use_dispatched_attention
 from .components import SavedAsStock
@@ -96,8 +98,8 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
             ValueError: an argument is missing, does not belong there, has another shape than the configuration or the
                 prefix, or [`supports_prefix`] is False.
         """
-        step = {"hidden_states": hidden_states, "timestep": timestep}
-        conditions = {
+        step: dict[str, Any] = {"hidden_states": hidden_states, "timestep": timestep}
+        conditions: dict[str, Any] = {
             "proj_embedding": proj_embedding,
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
@@ -179,9 +181,40 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         if self.norm_in is not None:
             tokens = self.norm_in(tokens)
         # through the block's forward and not its parts, since offload hooks sit there
-        for block, cache in zip(self.transformer_blocks, caches, strict=True):
-            tokens = block(tokens, attention_mask=mask, cross_attention_kwargs={"cache": cache})
+        with _fast_linear(tokens):
+            for block, cache in zip(self.transformer_blocks, caches, strict=True):
+                tokens = block(tokens, attention_mask=mask, cross_attention_kwargs={"cache": cache})
         return tokens
+
+
+class _OneDnnLinear(TorchFunctionMode):
+    """Runs linear layers of float32 on oneDNN.
+
+    PyTorch runs them on MKL, which from four rows on rearranges every weight matrix before it multiplies. A step has
+    six rows (three tokens, with guidance) and little else to do than to read the weights; this is 1.3 times as fast.
+    It is a mode, and not another layer, because LoRA and offload hooks wrap the layers there are.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.linear and not kwargs and all(_is_plain(tensor) for tensor in args):
+            return func(args[0].to_mkldnn(), *args[1:]).to_dense()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_plain(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or (type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.dtype is torch.float32)
+
+
+def _fast_linear(tokens: torch.Tensor) -> AbstractContextManager:
+    usable = (
+        tokens.device.type == "cpu"
+        and tokens.dtype is torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+    return _OneDnnLinear() if usable else nullcontext()
 
 
 def _as_token(embedding: torch.Tensor) -> torch.Tensor:

@@ -64,9 +64,9 @@ def register() -> None:
             for table, cls in zip(tables[task], (pipeline, decoder), strict=True):
                 if cls is not None:
                     _put(table, key, cls)
-                    _put(vars(diffusers), cls.__name__, cls)
+                    _put(diffusers.__dict__, cls.__name__, cls)
     for cls in (*OTHER_PIPELINES, *COMPONENTS):
-        _put(vars(diffusers), cls.__name__, cls)
+        _put(diffusers.__dict__, cls.__name__, cls)
     methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in COMPONENTS}
     _put(loadable, LIBRARY, methods)
     for name, names_of_methods in methods.items():
@@ -117,18 +117,21 @@ def register_pipeline(cls: type, *, tasks: str | Iterable[str], key: str) -> typ
         entry = cls if task in wanted else family.get(task)
         if entry is not None:
             _put(tables[task][0], key, entry)
-    _put(vars(diffusers), cls.__name__, cls)
+    _put(diffusers.__dict__, cls.__name__, cls)
     return cls
 
 
 def _family_of(cls: type) -> dict[str, type]:
     """Task -> class of the family that `cls` comes from: combined pipelines for a combined one, else decoders."""
+    columns = [
+        {task: found for task, entry in family.items() if (found := entry[column]) is not None}
+        for family in FAMILIES.values()
+        for column in (0, 1)
+    ]
     for base in cls.__mro__[1:]:
-        for family in FAMILIES.values():
-            for column in (0, 1):
-                classes = {task: entry[column] for task, entry in family.items() if entry[column] is not None}
-                if base in classes.values():
-                    return classes
+        for classes in columns:
+            if base in classes.values():
+                return classes
     raise TypeError(f"{cls.__name__} is no subclass of a pipeline of {LIBRARY} that AutoPipelines find.")
 
 

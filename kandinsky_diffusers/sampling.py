@@ -101,7 +101,7 @@ def draw_noise(
 
 def step_end_callback(
     pipeline: Any,
-    conditions: dict[str, torch.Tensor | None],
+    conditions: dict[str, torch.Tensor],
     callback: Callable[..., dict] | None,
     tensor_inputs: Sequence[str] = ("latents",),
 ) -> OnStepEnd | None:

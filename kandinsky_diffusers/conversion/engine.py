@@ -20,7 +20,7 @@ from .staging import Staging, check_free, check_space
 from .writer import parse_size
 
 
-CLIP_FILES = ("*.json", "*.txt", "model.safetensors")
+COMPANION_FILES = ("*.json", "*.txt", "model.safetensors")
 _MARGIN = 50 * 10**6  # bytes for configurations, tokenizers and cards
 
 
@@ -84,7 +84,7 @@ def convert(
     release = choose_release(folder, version)
     repos, skipped = choose_repos(release, folder)
     check_free(output, [repo.name for repo in repos], overwrite, folder)
-    inputs = _open(release, repos, folder, clip, config)
+    inputs = _open(release, repos, folder, {"clip": clip}, config)
     plans = {plan.component: plan for plan in plan_models(_models(repos), inputs, drop)}
     try:
         with Staging(output) as staging, _Hashes(inputs) as hashes:
@@ -95,18 +95,23 @@ def convert(
             record = Record.of(release, inputs, plans, options, hashes.result())
             for repo, place in written.items():
                 write_card(place, repo, record, checks.get(repo.name))
-            return Report(staging.commit(), skipped, record.dropped, checks)
+            staging.commit()
+            return Report([output / repo.name for repo in repos], skipped, record.dropped, checks)
     except OSError as error:
         raise ConversionError(_disk_message(error)) from error
 
 
 def _open(
-    release: Release, repos: Sequence[Repo], folder: Path, clip: str | Path, config: Mapping[str, Any]
+    release: Release,
+    repos: Sequence[Repo],
+    folder: Path,
+    companions: Mapping[str, str | Path],
+    config: Mapping[str, Any],
 ) -> Inputs:
     names = list(dict.fromkeys(part.file for model in _models(repos) for part in model.parts))
     folders = {"release": folder}
-    if any(release.file(name).root == "clip" for name in names):
-        folders["clip"] = find_folder(clip, "clip", CLIP_FILES)
+    for root in {release.file(name).root for name in names} - {"release"}:
+        folders[root] = find_folder(companions[root], root, COMPANION_FILES)
     inputs = Inputs(folders, open_files(release, names, folders), config)
     for component in dict.fromkeys(c for repo in repos for c in repo.components if isinstance(c, FilesComponent)):
         component.check(inputs)
@@ -114,7 +119,7 @@ def _open(
 
 
 def _models(repos: Sequence[Repo]) -> list[ModelComponent]:
-    return list(dict.fromkeys(c for repo in repos for c in repo.components if isinstance(c, ModelComponent)))
+    return list(dict.fromkeys(model for repo in repos for model in repo.models))
 
 
 def _verify(written: Mapping[Repo, Path], writer: RepoWriter) -> dict[str, Any]:

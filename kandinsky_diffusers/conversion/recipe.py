@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,9 @@ class Component:
     class_name: str
 
     def load_class(self) -> Any:
-        """The class, from its library or, as diffusers does it, from the pipeline folder of that name."""
-        package = "diffusers" if self.library == "diffusers" else self.library
-        try:
-            module = import_module(package)
-        except ModuleNotFoundError:
-            module = import_module(f"diffusers.pipelines.{package}")
+        """The class; as in ``model_index.json``, a library may also be a pipeline folder of diffusers."""
+        folder = f"diffusers.pipelines.{self.library}"
+        module = import_module(folder if find_spec(folder) else self.library)
         return getattr(module, self.class_name)
 
 
@@ -164,6 +162,11 @@ class Repo:
     smoke: Callable[[Any], Sequence[Any]]
     extras: tuple[Component, ...] = ()
 
+    @property
+    def models(self) -> list[ModelComponent]:
+        """Its components that are made from weight files."""
+        return [component for component in self.components if isinstance(component, ModelComponent)]
+
 
 @dataclass(frozen=True, eq=False)
 class Release:
@@ -192,5 +195,4 @@ class Release:
     @property
     def models(self) -> list[ModelComponent]:
         """Every model of any repository, once."""
-        found = [c for repo in self.repos for c in repo.components if isinstance(c, ModelComponent)]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(model for repo in self.repos for model in repo.models))

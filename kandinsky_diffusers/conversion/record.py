@@ -77,7 +77,7 @@ class Record:
         """What ``conversion.json`` of one repository says."""
         import diffusers
 
-        models = {component.name: self.models[component] for component in repo.components if component in self.models}
+        models = {model.name: self.models[model] for model in repo.models}
         used = dict.fromkeys(name for model in models.values() for name in model["sources"])
         return {
             "converter": "kandinsky_diffusers",

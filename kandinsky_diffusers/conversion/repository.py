@@ -126,8 +126,7 @@ class RepoWriter:
 
     def size(self, repo: Repo) -> int:
         """Bytes of the weights of a repository."""
-        plans = [self.plans[component] for component in repo.components if component in self.plans]
-        return sum(entry.size for plan in plans for entry in self.entries(plan))
+        return sum(entry.size for model in repo.models for entry in self.entries(self.plans[model]))
 
     def entries(self, plan: ModelPlan) -> list[Entry]:
         """The tensors of a model, in the order in which they are made."""
@@ -152,22 +151,18 @@ class RepoWriter:
             self._stream(plan, entries, place, bar.update)
 
     def _stream(self, plan: ModelPlan, entries: list[Entry], place: Path, advance: Callable[[int], None]) -> None:
-        import torch
-
-        stem = weights_stem(plan)
-        writer = ShardedWriter(place, stem, entries, self.output.max_shard_size, self.output.variant, advance)
+        output = self.output
+        writer = ShardedWriter(place, weights_stem(plan), entries, output.max_shard_size, output.variant, advance)
         source = merged(plan, self.inputs)
-        try:
+        with closing(writer):
             for step in plan.plan.steps:
-                with torch.no_grad():
+                try:
                     for key, tensor in zip(step.targets, run_step(step, source), strict=True):
                         writer.write(key, tensor)
+                except ConversionError as error:
+                    names = ", ".join(f"{key} of {source[key].path.name}" for key in step.sources)
+                    raise ConversionError(f"{names}: {error}") from error
             writer.check_complete()
-        except ConversionError as error:
-            names = " and ".join(self.inputs.files[name].path.name for name in plan.files)
-            raise ConversionError(f"{names}: {error}") from error
-        finally:
-            writer.close()
 
 
 def merged(plan: ModelPlan, inputs: Inputs) -> Mapping[str, WeightFile]:
@@ -179,7 +174,7 @@ def run_step(step: Step, source: Mapping[str, WeightFile]) -> tuple[Any, ...]:
     """The tensors that a step makes."""
     import torch
 
-    if not step.sources:
+    if step.constant is not None:
         return (torch.full(step.shapes[0], step.constant),)
     tensors = tuple(source[key].tensor(key) for key in step.sources)
     for transform in step.transforms:

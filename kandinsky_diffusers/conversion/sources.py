@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHT_ENDINGS = (".ckpt", ".pt", ".pth", ".th", ".bin", ".safetensors")
 
 
-def find_folder(place: str | Path, what: str, patterns: Sequence[str] | None = None) -> Path:
+def find_folder(place: str | Path, what: str, patterns: Sequence[str] = ()) -> Path:
     """A folder: ``place`` itself, or the download of the Hub repository of that id.
 
     Raises:
@@ -33,7 +33,7 @@ def find_folder(place: str | Path, what: str, patterns: Sequence[str] | None = N
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(place), allow_patterns=patterns))
+        return Path(snapshot_download(str(place), allow_patterns=list(patterns) or None))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConversionError(
@@ -131,10 +131,11 @@ def open_any(path: Path) -> WeightFile:
     Raises:
         ConversionError: it is unreadable.
     """
-    for names in ((), *(file.names for known in releases() for file in known.files if file.names)):
-        file = open_weights(path, names)
-        if file.named:
-            return file
+    file = open_weights(path)
+    forms = [known_file.names for known in releases() for known_file in known.files if known_file.names]
+    for names in forms if not file.named else ():
+        if (renamed := open_weights(path, names)).named:
+            return renamed
     return file
 
 

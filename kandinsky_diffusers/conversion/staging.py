@@ -44,7 +44,7 @@ class Staging:
         self._lock.release()
         shutil.rmtree(self._root)
 
-    def commit(self) -> list[Path]:
+    def commit(self) -> None:
         """Move every folder to the output by renaming; folders in their place are kept until all have been moved."""
         old = self._root / _OLD
         old.mkdir()
@@ -62,7 +62,6 @@ class Staging:
             _bring_back(old, self._output)
             raise
         _sync_folder(self._output)
-        return moved
 
 
 def remove_stale(output: Path) -> None:

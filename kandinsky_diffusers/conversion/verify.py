@@ -26,11 +26,7 @@ def verify_repo(repo: Repo, place: Path, writer: RepoWriter) -> dict[str, Any]:
     Raises:
         ConversionError: a tensor differs, or the repository does not load or run.
     """
-    compared = {
-        component.name: compare_model(writer.plans[component], place / component.name, writer)
-        for component in repo.components
-        if component in writer.plans
-    }
+    compared = {model.name: compare_model(writer.plans[model], place / model.name, writer) for model in repo.models}
     return {"bit_identical_tensors": compared, "loaded_and_run": run_once(repo, place, writer)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import ConversionError
 from .matching import Shape
@@ -140,21 +140,20 @@ class _Shard:
         self.entries = sorted(entries, key=lambda entry: -entry.itemsize)
         self._waiting = {entry.key: entry for entry in entries}
         self._offsets: dict[str, int] = {}
-        self._file: Any = None
+        self._file: BinaryIO | None = None
 
     def write(self, key: str, tensor: torch.Tensor, advance: Callable[[int], None]) -> None:
-        if self._file is None:
-            self._open()
+        file = self._file or self._open()
         entry = self._waiting.pop(key)
         if tuple(tensor.shape) != entry.shape:
             raise ConversionError(f"{key} has the shape {list(tensor.shape)}, but {list(entry.shape)} was planned.")
-        self._file.seek(self._offsets[key])
+        file.seek(self._offsets[key])
         for piece in tensor.reshape(-1).split(_PIECE):
-            advance(self._file.write(_bytes_of(key, piece, entry.dtype)))
+            advance(file.write(_bytes_of(key, piece, entry.dtype)))
         if not self._waiting:
             self.close()
 
-    def _open(self) -> None:
+    def _open(self) -> BinaryIO:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in self.entries:
@@ -171,6 +170,7 @@ class _Shard:
         self._offsets = {key: 8 + len(text) + start for key, start in self._offsets.items()}
         self._file = self.path.open("wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
+        return self._file
 
     def check_complete(self) -> None:
         if self._waiting:
@@ -194,7 +194,7 @@ def _bytes_of(key: str, piece: torch.Tensor, dtype: str) -> memoryview:
             raise ConversionError(f"{key} holds NaN or infinite values. The file is damaged; nothing was written.")
         if not extremes.to(wanted).isfinite().all():
             raise ConversionError(f"{key} holds values too large for {dtype}. Choose another dtype.")
-    return memoryview(piece.to(wanted).contiguous().view(torch.uint8).numpy())
+    return piece.to(wanted).contiguous().view(torch.uint8).numpy().data
 
 
 def _distribute(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:

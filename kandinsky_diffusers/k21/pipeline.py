@@ -125,13 +125,13 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
             do_classifier_free_guidance=self.do_classifier_free_guidance,
             **vars(text),
         )
-        return {
-            "prompt_embeds": hidden,
-            "negative_prompt_embeds": negative_hidden,
-            "pooled_prompt_embeds": pooled,
-            "negative_pooled_prompt_embeds": negative_pooled,
-            **self._embeds_for(batch, rows, device),
-        }
+        conditions = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled, **self._embeds_for(batch, rows, device)}
+        if negative_hidden is not None and negative_pooled is not None:
+            conditions |= {
+                "negative_prompt_embeds": negative_hidden,
+                "negative_pooled_prompt_embeds": negative_pooled,
+            }
+        return conditions
 
     def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """What the UNet says of `latents` at `timestep`.

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ..connected import ConnectedPriorMixin
-from ..decoding import Batch
+from ..decoding import Batch, callback_for
 from ..images import Images
 from ..inputs import as_prompts, check_strength
 from ..movq import MoVQ
@@ -167,10 +167,8 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
             **arguments,
             "height": height,
             "width": width,
-            "callback": callback,
-            "callback_steps": callback_steps,
             "return_dict": return_dict,
-            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end": callback_for(callback_on_step_end, callback, callback_steps),
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
         return self._draw(prompt, prior_arguments, decoder_arguments)
@@ -238,10 +236,8 @@ class KandinskyImg2ImgCombinedPipeline(KandinskyCombinedPipeline, StockKandinsky
             "strength": strength,
             "height": height,
             "width": width,
-            "callback": callback,
-            "callback_steps": callback_steps,
             "return_dict": return_dict,
-            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end": callback_for(callback_on_step_end, callback, callback_steps),
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
         return self._draw(prompt, prior_arguments, decoder_arguments)
@@ -315,10 +311,8 @@ class KandinskyInpaintCombinedPipeline(KandinskyCombinedPipeline, StockKandinsky
             "strength": strength,
             "height": height,
             "width": width,
-            "callback": callback,
-            "callback_steps": callback_steps,
             "return_dict": return_dict,
-            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end": callback_for(callback_on_step_end, callback, callback_steps),
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
         }
         return self._draw(prompt, prior_arguments, decoder_arguments)

@@ -21,11 +21,14 @@ from transformers import (
 )
 
 from .. import sampling
-from ..inputs import as_negatives, as_prompts, check_choice, check_counts, check_generators, check_shape
+from ..inputs import as_negatives, as_prompts, check_at_most, check_choice, check_counts, check_generators, check_shape
 from ..pipeline_base import KandinskyPipelineMixin
 from ..prior import CachedPriorTransformer
 from ..schedulers import KandinskyUnCLIPScheduler
 from ..text import clean_text, tokenize
+
+
+CONDITIONS = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
 
 
 class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline):
@@ -45,7 +48,7 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
 
     model_cpu_offload_seq = "text_encoder->image_encoder->prior"
     _exclude_from_cpu_offload = ()
-    _callback_tensor_inputs = ("latents", "prompt_embeds", "text_encoder_hidden_states", "text_mask")
+    _callback_tensor_inputs = ("latents", *CONDITIONS)
 
     def __init__(
         self,
@@ -181,6 +184,7 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
             TypeError, ValueError: an argument is not as described; it is named.
         """
         check_counts(num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt)
+        check_at_most("num_inference_steps", num_inference_steps, self.scheduler.config.num_train_timesteps)
         check_choice("output_type", output_type, ("pt", "np"))
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
@@ -196,8 +200,7 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
         device = self._execution_device
         guided = bool(torch.as_tensor(scale != 1.0).any())
         encoded = self.encode_prompt(texts, device, num_images_per_prompt, guided, unconditional)
-        names = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
-        conditions = dict(zip(names, encoded, strict=True))
+        conditions: dict[str, torch.Tensor] = dict(zip(CONDITIONS, encoded, strict=True))
         zero_embeds = self.get_zero_embed(embeddings, device) if halves == 1 else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         shape = (halves * embeddings, self.prior.config.embedding_dim)
@@ -211,10 +214,14 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
         embeds = self.decode_latents(latents)
         self.maybe_free_model_hooks()
 
-        outputs = embeds.chunk(2) if zero_embeds is None else (embeds, zero_embeds)
+        image_embeds, negative_image_embeds = embeds.chunk(2) if zero_embeds is None else (embeds, zero_embeds)
         if output_type == "np":
-            outputs = tuple(output.cpu().float().numpy() for output in outputs)
-        return KandinskyPriorPipelineOutput(*outputs) if return_dict else tuple(outputs)
+            image_embeds, negative_image_embeds = (
+                rows.cpu().float().numpy() for rows in (image_embeds, negative_image_embeds)
+            )
+        if not return_dict:
+            return image_embeds, negative_image_embeds
+        return KandinskyPriorPipelineOutput(image_embeds, negative_image_embeds)
 
     def _denoise(
         self,
@@ -227,9 +234,10 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
         accepted = inspect.signature(self.scheduler.step).parameters
         step = partial(self.scheduler.step, **({"generator": generator} if "generator" in accepted else {}))
         prefix = _Prefix(self.prior, enabled=not self._exact_reference)
+        timesteps: Any = self.progress_bar(self.scheduler.timesteps)
         return sampling.denoise(
             latents,
-            self.progress_bar(self.scheduler.timesteps),
+            timesteps,
             predict=lambda x, t: self.predict_noise(x, t, conditions, prefix.of(conditions)),
             combine=lambda prediction: prediction if scale is None else sampling.guide_from_uncond(prediction, scale),
             step=lambda prediction, t, x: step(prediction, t, x).prev_sample,

@@ -40,6 +40,7 @@ def unet_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     layers = _layers_per_block(shapes)
     firsts = range(1, 1 + _count(shapes, "input_blocks"), layers + 1)
     attention = [f"input_blocks.{first}.1.qkv.weight" in shapes for first in firsts]
+    channels = [_shape(shapes, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
     context_dim, text_dim = _shape(shapes, "to_model_dim_n.weight")
     return {
         "sample_size": inputs.setting("model_config.image_size", 64),
@@ -48,10 +49,10 @@ def unet_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
         "down_block_types": [ATTENTION_DOWN if level else PLAIN_DOWN for level in attention],
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
         "up_block_types": [ATTENTION_UP if level else PLAIN_UP for level in reversed(attention)],
-        "block_out_channels": [_shape(shapes, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts],
+        "block_out_channels": channels,
         "layers_per_block": layers,
         "cross_attention_dim": context_dim,
-        "attention_head_dim": _unet_head_dim(inputs),
+        "attention_head_dim": _unet_head_dim([*itertools.compress(channels, attention), channels[-1]], inputs),
         "encoder_hid_dim": text_dim,
         "encoder_hid_dim_type": "text_image_proj",
         "addition_embed_type": "text_image",
@@ -121,10 +122,14 @@ def _layers_per_block(shapes: Shapes) -> int:
     return min(ends) if ends else _count(shapes, "output_blocks") - 1
 
 
-def _unet_head_dim(inputs: Inputs) -> int:
+def _unet_head_dim(widths: list[int], inputs: Inputs) -> int:
+    """Shapes do not tell the width of a head, but each layer with attention, the middle one too, has whole heads."""
     head_dim = inputs.setting("model_config.num_head_channels", UNET_HEAD_DIM)
-    if head_dim < 1:
-        raise ConversionError(f"num_head_channels is {head_dim} in the original config; a positive width is accepted.")
+    if head_dim < 1 or any(width % head_dim for width in widths):
+        raise ConversionError(
+            f"Attention of width {', '.join(map(str, sorted(set(widths))))} does not have heads of width {head_dim}; "
+            "it stands as num_head_channels in the original config (original_config, --original-config)."
+        )
     return head_dim
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,15 +49,17 @@ class AncestralStepper:
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.from_numpy(timesteps).to(device)
         self._posterior = Posterior.of(alphas_cumprod[timesteps[::-1]])
-        self._steps_left: int | None = None
+        self._begun = False
+        self._steps_left = num_inference_steps
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at `timesteps[begin_index]`, as image-to-image does."""
+        self._begun = True
         self._steps_left = len(self.timesteps) - begin_index
 
     def _advance(self, timestep: torch.Tensor | int) -> int:
         """Index of this step in the tables. Counted, so that nothing in the loop waits for the device."""
-        if self._steps_left is None:
+        if not self._begun:
             matches = (self.timesteps == int(timestep)).nonzero()
             if not len(matches):
                 raise ValueError(f"`timestep` is {int(timestep)}; accepted are {self.timesteps.tolist()}.")
@@ -114,12 +116,12 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         beta_end: float = 0.012,
         clip_sample_range: float | None = 2.0,
         dynamic_thresholding_ratio: float | None = 0.995,
-        variance_type: str = "learned_range",
-        prediction_type: str = "epsilon",
-        threshold_reference: str = "sample",
+        variance_type: Literal["learned_range"] = "learned_range",
+        prediction_type: Literal["epsilon"] = "epsilon",
+        threshold_reference: Literal["sample", "first"] = "sample",
         noise_beta_start: float | None = None,
         noise_beta_end: float | None = None,
-        start_timestep: str = "diffusers",
+        start_timestep: Literal["diffusers", "original"] = "diffusers",
         grow_mask: bool = True,
     ):
         check_choice("variance_type", variance_type, ("learned_range",))
@@ -212,11 +214,11 @@ class KandinskyUnCLIPScheduler(SavedAsStock, AncestralStepper, UnCLIPScheduler):
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        variance_type: str = "fixed_small_log",
+        variance_type: Literal["fixed_small_log"] = "fixed_small_log",
         clip_sample: bool = True,
         clip_sample_range: float = 1.0,
-        prediction_type: str = "epsilon",
-        beta_schedule: str = "squaredcos_cap_v2",
+        prediction_type: Literal["epsilon", "sample"] = "epsilon",
+        beta_schedule: Literal["squaredcos_cap_v2"] = "squaredcos_cap_v2",
     ):
         super().__init__(
             num_train_timesteps=num_train_timesteps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.configuration_utils import register_to_config
@@ -31,16 +33,16 @@ class KandinskyDDIMScheduler(DDIMScheduler):
         clip_sample: bool = False,
         set_alpha_to_one: bool = False,
         steps_offset: int = 1,
-        prediction_type: str = "epsilon",
+        prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         clip_sample_range: float = 1.0,
         sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: Literal["leading"] = "leading",
         rescale_betas_zero_snr: bool = False,
         noise_beta_start: float | None = None,
         noise_beta_end: float | None = None,
-        start_timestep: str = "diffusers",
+        start_timestep: Literal["diffusers", "original"] = "diffusers",
         grow_mask: bool = True,
     ):
         check_choice("start_timestep", start_timestep, ("diffusers", "original"))
@@ -93,12 +95,12 @@ class KandinskyPNDMScheduler(PNDMScheduler):
         trained_betas: list[float] | None = None,
         skip_prk_steps: bool = True,
         set_alpha_to_one: bool = False,
-        prediction_type: str = "epsilon",
-        timestep_spacing: str = "leading",
+        prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+        timestep_spacing: Literal["leading"] = "leading",
         steps_offset: int = 1,
         noise_beta_start: float | None = None,
         noise_beta_end: float | None = None,
-        start_timestep: str = "diffusers",
+        start_timestep: Literal["diffusers", "original"] = "diffusers",
         grow_mask: bool = True,
     ):
         check_choice("start_timestep", start_timestep, ("diffusers", "original"))
@@ -124,5 +126,5 @@ class KandinskyPNDMScheduler(PNDMScheduler):
             ValueError: `num_inference_steps` is below 1 or above `num_train_timesteps`.
         """
         timesteps = strided_timesteps(self.config.num_train_timesteps, num_inference_steps, self.config.steps_offset)
-        super().set_timesteps(num_inference_steps, device=device)
+        super().set_timesteps(num_inference_steps)
         self.timesteps = torch.from_numpy(with_second_twice(timesteps)).to(device)

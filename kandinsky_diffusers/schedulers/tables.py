@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..inputs import check_at_most, check_counts
+
 
 def respaced_timesteps(num_train_timesteps: int, num_inference_steps: int) -> np.ndarray:
     """Descending int64 timesteps from `num_train_timesteps - 1` to 0, as the originals space them.
@@ -17,7 +19,8 @@ def respaced_timesteps(num_train_timesteps: int, num_inference_steps: int) -> np
     Raises:
         ValueError: `num_inference_steps` is below 1 or above `num_train_timesteps`.
     """
-    _check_steps(num_inference_steps, num_train_timesteps)
+    check_counts(num_inference_steps=num_inference_steps)
+    check_at_most("num_inference_steps", num_inference_steps, num_train_timesteps)
     stride = (num_train_timesteps - 1) / (num_inference_steps - 1) if num_inference_steps > 1 else 1.0
     position, timesteps = 0.0, []
     for _ in range(num_inference_steps):
@@ -36,14 +39,10 @@ def strided_timesteps(num_train_timesteps: int, num_inference_steps: int, offset
     Raises:
         ValueError: `num_inference_steps` is below 1 or above `num_train_timesteps`.
     """
-    _check_steps(num_inference_steps, num_train_timesteps)
+    check_counts(num_inference_steps=num_inference_steps)
+    check_at_most("num_inference_steps", num_inference_steps, num_train_timesteps)
     ascending = np.arange(0, num_train_timesteps, num_train_timesteps // num_inference_steps) + offset
     return np.minimum(ascending, num_train_timesteps - 1)[::-1].astype(np.int64)
-
-
-def _check_steps(num_inference_steps: int, num_train_timesteps: int) -> None:
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(f"`num_inference_steps` is {num_inference_steps}; accepted is 1 to {num_train_timesteps}.")
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,18 @@ def test_what_was_left_out_is_said(converted_21):
     assert "transformer.embeddings.position_ids" in (converted_21 / "kandinsky-2-1" / "README.md").read_text()
 
 
+def test_a_key_left_out_with_drop_is_on_record(prior_only, options, tmp_path):
+    tensors = torch.load(prior_only / "prior_fp16.ckpt", weights_only=True)
+    torch.save({**tensors, "ema.decay": torch.ones(1)}, prior_only / "prior_fp16.ckpt")
+    with pytest.raises(ConversionError, match=r"ema\.decay"):
+        convert(prior_only, tmp_path / "out", **options)
+    report = convert(prior_only, tmp_path / "out", drop=["ema.*"], **options)
+    assert ("prior_fp16.ckpt", "ema.decay", "left out with --drop") in report.dropped
+    repo = tmp_path / "out" / "kandinsky-2-1-prior"
+    assert read(repo / "conversion.json")["components"]["prior"]["dropped"] == {"ema.decay": "left out with --drop"}
+    assert "ema.decay" in (repo / "README.md").read_text()
+
+
 def test_text_encoder_sizes_survive_stock_configuration(converted_21, goldens_21):
     from diffusers.pipelines.kandinsky import MultilingualCLIP
 

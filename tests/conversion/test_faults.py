@@ -56,6 +56,13 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+def flip_a_bit(path: Path, key: str) -> None:
+    content = bytearray(path.read_bytes())
+    number = content.index(torch.load(path, weights_only=True)[key].numpy().tobytes())
+    content[number] ^= 1
+    path.write_bytes(content)
+
+
 def not_a_number(release: Path) -> None:
     weight = torch.load(release / "inpainting_fp16.ckpt", weights_only=True)["out.2.weight"]
     weight[3, 1, 0, 2] = float("nan")
@@ -76,6 +83,7 @@ FAULTS = {
         "No tokenizer",
     ),
     "truncated file": (lambda r: truncate(r / "decoder_fp16.ckpt"), "decoder_fp16.ckpt"),
+    "damaged file": (lambda r: flip_a_bit(r / "decoder_fp16.ckpt", "clip_to_seq.weight"), "checksum"),
     "pickle with code": (lambda r: torch.save({"a": Bomb()}, r / "prior_fp16.ckpt"), "mkdir"),
     "wrong version": (other_version, "looks like Kandinsky 2.0"),
     "wrong file": (
@@ -217,8 +225,9 @@ def test_a_failing_rename_puts_everything_back(tmp_path, monkeypatch):
     with staging.Staging(tmp_path) as area:
         (area.folder / "a").mkdir()
         (area.folder / "b").mkdir()
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="input/output"):
+        with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", failing)
-            area.commit()
+            with pytest.raises(OSError, match="input/output"):
+                area.commit()
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "old").exists()

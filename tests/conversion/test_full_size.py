@@ -63,6 +63,13 @@ def test_the_original_config_tells_what_shapes_cannot():
     assert (prior.config["num_attention_heads"], prior.config["attention_head_dim"]) == (16, 128)
 
 
+@pytest.mark.parametrize("head_dim", [-1, 0, 80])
+def test_heads_that_do_not_fit_are_refused_with_a_hint(head_dim):
+    config = {"model_config": {"num_head_channels": head_dim}}
+    with pytest.raises(ConversionError, match="original-config"):
+        plan(shapes_of("k21_decoder_fp16.ckpt.json.gz"), original_config=config)
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if "stats" not in name])
 def test_one_key_too_many_is_named(name):
     shapes = {**shapes_of(name), "loss.discriminator.weight": [4, 4]}

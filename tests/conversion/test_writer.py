@@ -52,6 +52,15 @@ def test_shards_have_the_names_and_the_index_of_diffusers(tmp_path):
     assert index["weight_map"] == {"a": files[0].name, "b": files[1].name, "c": files[1].name}
 
 
+def test_every_tensor_is_aligned_to_its_own_width(tmp_path):
+    tensors = {"half": torch.zeros(3).half(), "byte": torch.zeros(1).byte(), "long": torch.zeros(2).long()}
+    (path,) = write(tmp_path, tensors)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    assert all((8 + length + header[key]["data_offsets"][0]) % t.itemsize == 0 for key, t in tensors.items())
+
+
 def test_views_are_written_as_what_they_show(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     write(tmp_path, {"t": base.T[1:]})
@@ -63,7 +72,7 @@ def test_views_are_written_as_what_they_show(tmp_path):
 def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, value, dtype):
     tensor = torch.randn(9999).to(dtype)
     tensor[5000] = value
-    with pytest.raises(ConversionError, match=r"bad\.weight"):
+    with pytest.raises(ConversionError, match=r"bad\.weight holds NaN or infinite values"):
         write(tmp_path, {"bad.weight": tensor})
 
 

@@ -120,6 +120,7 @@ def test_golden_resized_image(goldens_21: GoldenFamily) -> None:
     picture = PIL.Image.fromarray(case["image"].numpy())
     for name, resized in case.tensors.items():
         if name.startswith("resized_"):
-            pixels = pixels_from(picture, *resized.shape[:2])
+            height, width, _ = resized.shape
+            pixels = pixels_from(picture, height, width)
             levels = ((pixels + 1.0) * 127.5).round().to(torch.uint8)[0].permute(1, 2, 0)
             assert np.array_equal(levels.numpy(), resized.numpy()), name

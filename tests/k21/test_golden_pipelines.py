@@ -36,10 +36,11 @@ PRIOR_TOLERANCE = 1e-4  # of the recorded cases; measured 7e-6
 def scheduler_for(case: GoldenCase, repo: Path) -> Any:
     cls = SAMPLERS[case.parameters["sampler"]]
     subfolder = "ancestral_scheduler" if cls is KandinskyAncestralScheduler else "scheduler"
-    settings = dict(AS_ORIGINAL)
+    settings: dict[str, Any] = dict(AS_ORIGINAL)
     if cls is KandinskyAncestralScheduler:
         settings["threshold_reference"] = "first"
-    return cls.from_config(cls.load_config(repo, subfolder=subfolder), **settings)
+    config: Any = cls.load_config(repo, subfolder=subfolder)
+    return cls.from_config(config, **settings)
 
 
 def prior_draws(case: GoldenCase) -> list[torch.Tensor]:

@@ -1,0 +1,61 @@
+"""Scripts stay thin and do what the command line does; every repository has its card."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from kandinsky_diffusers.conversion.releases import releases
+from tests.support.fake_hub import FakeHub
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "conversion_scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_short_and_listed(script):
+    assert len(script.read_text().splitlines()) <= 30
+    assert script.name in (ROOT / "conversion_scripts" / "README.md").read_text()
+
+
+def test_the_2_1_script_plans_an_inventory():
+    command = [sys.executable, str(ROOT / "conversion_scripts" / "convert_kandinsky_2_1.py"), "--plan"]
+    inventory = ROOT / "tests" / "data" / "inventory" / "k21_prior_fp16.ckpt.json.gz"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*command, str(inventory)], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "256 keys make 336 tensors" in result.stdout
+
+
+def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, tmp_path):
+    config = ["--original-config", str(goldens_21.path / "hyperparameters.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "kandinsky_diffusers.cli",
+        "convert",
+        "someone/Kandinsky_2.1",
+        str(tmp_path / "out"),
+    ]
+    with FakeHub({"someone/Kandinsky_2.1": release_21, "someone/clip": release_21 / "clip"}) as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            [*command, "--clip", "someone/clip", *config], env=environment, capture_output=True, text=True, check=False
+        )
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", [repo.name for release in releases() for repo in release.repos])
+def test_every_repository_has_a_card_with_license_and_tags(name):
+    front_matter = (ROOT / "model_cards" / f"{name}.md").read_text().split("---\n")[1]
+    data = ModelCard(f"---\n{front_matter}---\n").data
+    assert data.license
+    assert data.pipeline_tag
+    assert "kandinsky" in data.tags

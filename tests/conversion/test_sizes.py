@@ -1,0 +1,89 @@
+"""Configurations are read off shapes, whatever the sizes: stock models, mapped back, give theirs again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kandinsky_diffusers.conversion.matching import match
+from kandinsky_diffusers.conversion.recipe import Inputs
+from kandinsky_diffusers.k21 import weights
+
+
+levels = st.lists(st.booleans(), min_size=2, max_size=4)
+
+
+def original_shapes(model_class: Any, config: dict[str, Any], table: Any) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the original checkpoint that belongs to a model."""
+    with torch.device("meta"):
+        model = model_class(**config)
+    return match(table.inverse, {key: tuple(t.shape) for key, t in model.state_dict().items()}).target_shapes
+
+
+@settings(max_examples=15, deadline=None)
+@given(attention=levels, layers=st.integers(1, 3), head_dim=st.sampled_from([8, 16, 32]), inpaint=st.booleans())
+def test_unets_of_any_depth_and_attention_levels(attention, layers, head_dim, inpaint):
+    if not any(attention):
+        attention = [*attention, True]
+    config = {
+        "sample_size": 64,
+        "in_channels": 9 if inpaint else 4,
+        "out_channels": 8,
+        "down_block_types": [weights.ATTENTION_DOWN if level else weights.PLAIN_DOWN for level in attention],
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": [weights.ATTENTION_UP if level else weights.PLAIN_UP for level in reversed(attention)],
+        "block_out_channels": [32 * (number + 1) for number in range(len(attention))],
+        "layers_per_block": layers,
+        "cross_attention_dim": 24,
+        "attention_head_dim": head_dim,
+        "encoder_hid_dim": 40,
+        "encoder_hid_dim_type": "text_image_proj",
+        "addition_embed_type": "text_image",
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    shapes = original_shapes(UNet2DConditionModel, config, weights.unet_rules(config))
+    inputs = Inputs(original_config={"model_config": {"num_head_channels": head_dim}})
+    assert weights.is_unet(shapes, config["in_channels"])
+    assert weights.unet_config(shapes, inputs) == config
+
+
+@settings(max_examples=10, deadline=None)
+@given(heads=st.integers(1, 4), head_dim=st.sampled_from([8, 12]), layers=st.integers(1, 12), text=st.integers(3, 80))
+def test_priors_of_any_size(heads, head_dim, layers, text):
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "num_layers": layers,
+        "embedding_dim": 20,
+        "num_embeddings": text,
+        "additional_embeddings": 4,
+        "embedding_proj_dim": 20,
+        "clip_embed_dim": 20,
+    }
+    table = weights.prior_rules(config) + weights.stats_rules(config)
+    shapes = original_shapes(PriorTransformer, config, table)
+    inputs = Inputs(original_config={"prior": {"params": {"model": {"hparams": {"xf_heads": heads}}}}})
+    assert weights.prior_config(shapes, inputs) == config
+
+
+@settings(max_examples=10, deadline=None)
+@given(attention=levels, layers=st.integers(1, 3), codes=st.integers(2, 50))
+def test_autoencoders_of_any_depth_and_attention_levels(attention, layers, codes):
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [32 * (1 + number // 2) for number in range(len(attention))],
+        "layers_per_block": layers,
+        "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in attention],
+        "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in reversed(attention)],
+        "num_vq_embeddings": codes,
+        "vq_embed_dim": 4,
+        "norm_type": "spatial",
+    }
+    shapes = original_shapes(VQModel, config, weights.movq_rules(config))
+    assert weights.movq_config(shapes, Inputs()) == config
