@@ -83,7 +83,7 @@ class KandinskyPipelineMixin:
 
         Raises:
             ValueError: `attention_op` is given; xformers chooses the operator here.
-            ImportError, RuntimeError: xformers or a CUDA device is missing.
+            ModuleNotFoundError, ValueError: xformers or a CUDA device is missing.
         """
         if attention_op is not None:
             raise ValueError("`attention_op` is not supported; accepted is None, xformers then chooses the operator.")

@@ -81,8 +81,9 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         *,
         prefill: bool = False,
         prefix: PriorPrefix | None = None,
-    ) -> PriorTransformerOutput | tuple[torch.Tensor] | PriorPrefix:
-        """Predict the image embedding, or prepare to do so.
+        post_process: bool = False,
+    ) -> PriorTransformerOutput | tuple[torch.Tensor] | PriorPrefix | torch.Tensor:
+        """Predict the image embedding, or prepare to do so, or bring it to CLIP's scale.
 
         Args:
             hidden_states: `[batch, embedding_dim]`, the noisy image embedding. Not with `prefill`.
@@ -93,6 +94,8 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
             return_dict: return a tuple if False.
             prefill: return the prefix of these conditions.
             prefix: the conditions, as `prefill` returned them.
+            post_process: return what [`post_process_latents`] makes of `hidden_states`. Offloading brings weights in
+                for a call of the model only, not for one of its methods.
 
         Raises:
             ValueError: an argument is missing, does not belong there, has another shape than the configuration or the
@@ -104,6 +107,9 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
         }
+        if post_process:
+            _check_arguments("post_process=True", needed={"hidden_states": hidden_states}, refused=conditions)
+            return self.post_process_latents(hidden_states)
         if prefill:
             _check_arguments("prefill=True", needed=conditions, refused={**step, "prefix": prefix})
             self._check_supports_prefix()

@@ -9,7 +9,6 @@ from typing import Any
 
 import PIL.Image
 import torch
-from accelerate.utils import align_module_device
 from diffusers import DiffusionPipeline, PriorTransformer, UnCLIPScheduler
 from diffusers.pipelines.kandinsky import KandinskyPriorPipeline as StockKandinskyPriorPipeline
 from diffusers.pipelines.kandinsky.pipeline_kandinsky_prior import KandinskyPriorPipelineOutput
@@ -138,9 +137,9 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised embeddings as CLIP's image embeddings, by the statistics that the prior carries."""
-        with align_module_device(self.prior, latents.device):
-            mean, std = (value.to(latents) for value in (self.prior.clip_mean, self.prior.clip_std))
-        return latents * std + mean
+        if isinstance(self.prior, CachedPriorTransformer):
+            return self.prior(latents, post_process=True)
+        return self.prior.post_process_latents(latents)
 
     @torch.no_grad()
     def __call__(
