@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from huggingface_hub import ModelCard, hf_hub_download
 
 
@@ -107,6 +110,31 @@ class ConnectedPriorMixin:
         """The decoder pipeline, on this pipeline's components as they are now."""
         return self._inner("_decoder_pipe", self._decoder_class, prefix="")
 
+    def _draw(self, arguments: dict[str, Any]) -> ImagePipelineOutput | tuple[Any]:
+        """Image embeddings from the prior, a picture from the decoder; nothing runs before all arguments are checked.
+
+        The decoder's text side has no negative prompt: as in stock, and as the original's `negative_decoder_prompt`,
+        the one given here is for the image embeddings.
+
+        Args:
+            arguments: of `__call__`, by their names. Those that begin with `prior_` are for the prior.
+        """
+        prior, decoder = self.prior_pipe, self.decoder_pipe
+        for_decoder = _accepted_by(decoder, arguments)
+        for_decoder.pop("negative_prompt", None)
+        names = ("image_embeds", "negative_image_embeds")
+        unknown_yet = dict.fromkeys(names, torch.empty(1, 1))
+        call = inspect.signature(type(decoder).__call__).bind(decoder, **for_decoder, **unknown_yet)
+        call.apply_defaults()
+        decoder._check(call.arguments)
+
+        own = {name.removeprefix("prior_"): arguments[name] for name in arguments if name.startswith("prior_")}
+        shared = ("prompt", "negative_prompt", "negative_prior_prompt", "num_images_per_prompt", "generator")
+        embeds = prior(**{name: arguments[name] for name in shared}, **own, return_dict=False)
+        output = decoder(**for_decoder, **dict(zip(names, embeds, strict=True)))
+        self.maybe_free_model_hooks()
+        return output
+
     def _inner(self, attribute: str, pipeline_class: type, prefix: str) -> Any:
         names = pipeline_class._get_signature_keys(pipeline_class)[0]
         components = {name: getattr(self, prefix + name) for name in names}
@@ -120,6 +148,11 @@ class ConnectedPriorMixin:
             inner.register_to_config(_name_or_path=self.config.get("_name_or_path"))
         inner.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         return inner.exact_reference(self._exact_reference)
+
+
+def _accepted_by(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    return {name: value for name, value in arguments.items() if name in accepted and name != "self"}
 
 
 def find_prior(repo: Any, **hub_options: Any) -> str:

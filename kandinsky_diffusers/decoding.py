@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,42 +136,36 @@ class DecoderMixin:
         channels = self.movq.config.latent_channels
         return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == channels != 3
 
-    def _check(
-        self,
-        prompts: int,
-        embeds: dict[str, Any],
-        size: tuple[int, int],
-        *,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        guidance_scale: float,
-        generator: Any,
-        latents: torch.Tensor | None,
-        output_type: str,
-        tensor_inputs: Sequence[str],
-    ) -> tuple[Batch, Conditions]:
-        """What a call makes, after a check of all that decoders have in common; and the embeddings it needs."""
-        check_counts(
-            height=size[0],
-            width=size[1],
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-        )
-        check_at_most("num_inference_steps", num_inference_steps, self.scheduler.config.num_train_timesteps)
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        for name in tensor_inputs:
+    def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> tuple[Batch, Conditions]:
+        """What a call makes, after a check of all that decoders have in common; and the embeddings it needs.
+
+        Args:
+            arguments: of `__call__`, by their names.
+            prompts: how many there are.
+        """
+        counts = ("height", "width", "num_inference_steps", "num_images_per_prompt")
+        check_counts(**{name: arguments[name] for name in counts})
+        limit = self.scheduler.config.num_train_timesteps
+        check_at_most("num_inference_steps", arguments["num_inference_steps"], limit)
+        check_choice("output_type", arguments["output_type"], OUTPUT_TYPES)
+        for name in arguments["callback_on_step_end_tensor_inputs"]:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        self._guidance_scale = float(guidance_scale)
-        if not self.do_classifier_free_guidance:
-            embeds = {name: rows for name, rows in embeds.items() if not name.startswith("negative")}
-        rows = {name: as_rows(value, name) for name, value in embeds.items()}
-        batch = Batch(prompts, count_images(prompts, num_images_per_prompt, len(rows["image_embeds"])), size)
+        callback_for(arguments)
+        self._guidance_scale = float(arguments["guidance_scale"])
+        names = ["image_embeds", "negative_image_embeds"] if self.do_classifier_free_guidance else ["image_embeds"]
+        rows = {name: as_rows(arguments[name], name) for name in names}
+        images = count_images(prompts, arguments["num_images_per_prompt"], len(rows["image_embeds"]))
+        batch = Batch(prompts, images, (arguments["height"], arguments["width"]))
         for name, value in rows.items():
             batch.expand(value, name)
-        check_generators(generator, batch.images)
-        if latents is not None:
-            check_shape(latents, self._latent_shape(batch), "latents")
+        check_generators(arguments["generator"], images)
+        if arguments["latents"] is not None:
+            check_shape(arguments["latents"], self._latent_shape(batch), "latents")
         return batch, rows
+
+    def _on_step_end(self, arguments: Mapping[str, Any], conditions: Conditions) -> sampling.OnStepEnd | None:
+        names = arguments["callback_on_step_end_tensor_inputs"]
+        return sampling.step_end_callback(self, conditions, callback_for(arguments), names)
 
     def _embeds_for(self, batch: Batch, rows: Conditions, device: torch.device) -> Conditions:
         return {name: batch.expand(value.to(device, self.unet.dtype), name) for name, value in rows.items()}
@@ -241,23 +235,22 @@ class DecoderMixin:
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def callback_for(
-    callback_on_step_end: Callable[..., dict] | None, callback: Callable[..., None] | None, callback_steps: int | None
-) -> Callable[..., dict] | None:
-    """The step-end callback, which may be given in the older form `callback(index, timestep, latents)`.
+def callback_for(arguments: Mapping[str, Any]) -> Callable[..., dict] | None:
+    """The step-end callback among the arguments of a call; it may be of the older form `(index, timestep, latents)`.
 
     Raises:
         ValueError: both forms are given, or `callback_steps` is no positive number.
     """
+    callback, every = arguments["callback"], arguments["callback_steps"]
     if callback is None:
-        return callback_on_step_end
-    if callback_on_step_end is not None:
+        return arguments["callback_on_step_end"]
+    if arguments["callback_on_step_end"] is not None:
         raise ValueError("`callback` and `callback_on_step_end` are both given; accepted is one of them.")
-    if not callback_steps or callback_steps < 1:
-        raise ValueError(f"`callback_steps` is {callback_steps}; accepted is 1 or more.")
+    if not every or every < 1:
+        raise ValueError(f"`callback_steps` is {every}; accepted is 1 or more.")
 
     def on_step_end(pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
-        if index % callback_steps == 0:
+        if index % every == 0:
             callback(index, timestep, tensors["latents"])
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,28 +128,20 @@ class Known:
 class InpaintMixin:
     """Mixed in beside [`DecoderMixin`]."""
 
-    def _load_known(
-        self,
-        image: Any,
-        mask_image: Any,
-        batch: Batch,
-        padding_mask_crop: int | None,
-        preserve_unmasked: bool,
-        output_type: str,
-    ) -> Known:
+    def _load_known(self, arguments: Mapping[str, Any], batch: Batch) -> Known:
+        """The picture and its masks among the arguments of a call, after a check that they fit it."""
+        image, mask_image, output_type = (arguments[name] for name in ("image", "mask_image", "output_type"))
         if mask_image is None:
             raise ValueError("`mask_image` is missing; white (1) is repainted, black (0) kept.")
         crop = None
-        if padding_mask_crop is not None:
-            crop = Crop.around_mask(image, mask_image, batch.size, padding_mask_crop, output_type)
+        if arguments["padding_mask_crop"] is not None:
+            crop = Crop.around_mask(image, mask_image, batch.size, arguments["padding_mask_crop"], output_type)
             image, mask_image = crop.image.crop(crop.box), crop.mask_image.crop(crop.box)
         pixels, masks = self._load_image(image, batch), masks_from(mask_image)
         batch.expand(resize_mask(masks, 1, 1), "mask_image")
-        if preserve_unmasked and (output_type == "latent" or self._is_latents(pixels)):
-            raise ValueError(
-                "`preserve_unmasked` needs pixels: `image` must not be latents, nor `output_type` 'latent'."
-            )
-        return Known(pixels, masks, crop, preserve_unmasked)
+        if arguments["preserve_unmasked"] and (output_type == "latent" or self._is_latents(pixels)):
+            raise ValueError("`preserve_unmasked` needs pixels: neither `image` nor the output can be latents.")
+        return Known(pixels, masks, crop, arguments["preserve_unmasked"])
 
     def _known_conditions(self, known: Known, batch: Batch, device: torch.device) -> Conditions:
         """Latents of the picture, the mask at their size, and both in the form that inpainting UNets take."""

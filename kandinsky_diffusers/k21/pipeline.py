@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
@@ -13,11 +13,26 @@ from diffusers.pipelines.kandinsky import MultilingualCLIP
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from transformers import XLMRobertaTokenizer
 
-from ..decoding import Batch, Conditions, DecoderMixin, callback_for
+from ..decoding import Batch, Conditions, DecoderMixin
 from ..movq import MoVQ
 from ..pipeline_base import KandinskyPipelineMixin
-from ..sampling import step_end_callback
 from .text import TextInputs, encode_texts
+
+
+class Call(NamedTuple):
+    """One call of a decoder, checked.
+
+    Args:
+        text: prompts and negative prompts.
+        batch: how many pictures, and of what size.
+        rows: image embeddings, as given.
+        source: pixels, or what is known of them, where a picture is given.
+    """
+
+    text: TextInputs
+    batch: Batch
+    rows: Conditions
+    source: Any = None
 
 
 class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipeline):
@@ -117,21 +132,25 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
         negative_hidden, negative_pooled = repeated(text.negative(encode))
         return hidden, negative_hidden, pooled, negative_pooled
 
-    def _encode(self, text: TextInputs, batch: Batch, rows: Conditions, device: torch.device) -> Conditions:
+    def _check(self, arguments: Mapping[str, Any]) -> Call:
+        text = TextInputs.of(arguments)
+        return Call(text, *self._check_common(arguments, text.count))
+
+    def _encode(self, call: Call, device: torch.device) -> Conditions:
         """All conditions that text-to-image knows, one row for each picture."""
         hidden, negative_hidden, pooled, negative_pooled = self.encode_prompt(
             device=device,
-            num_images_per_prompt=batch.images_per_prompt,
+            num_images_per_prompt=call.batch.images_per_prompt,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
-            **vars(text),
+            **vars(call.text),
         )
-        conditions = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled, **self._embeds_for(batch, rows, device)}
+        conditions = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
         if negative_hidden is not None and negative_pooled is not None:
             conditions |= {
                 "negative_prompt_embeds": negative_hidden,
                 "negative_pooled_prompt_embeds": negative_pooled,
             }
-        return conditions
+        return conditions | self._embeds_for(call.batch, call.rows, device)
 
     def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """What the UNet says of `latents` at `timestep`.
@@ -211,33 +230,14 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        callback_on_step_end = callback_for(callback_on_step_end, callback, callback_steps)
-        text = TextInputs(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-        )
-        batch, rows = self._check(
-            text.count,
-            {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds},
-            (height, width),
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        arguments = dict(locals())
+        call = self._check(arguments)
 
         device = self._execution_device
-        conditions = self._encode(text, batch, rows, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = self.prepare_latents(self._latent_shape(batch), self.unet.dtype, device, generator, latents)
-        on_step_end = step_end_callback(self, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        conditions = self._encode(call, device)
+        latents = self.prepare_latents(self._latent_shape(call.batch), self.unet.dtype, device, generator, latents)
+        on_step_end = self._on_step_end(arguments, conditions)
         latents = self._denoise(latents, self.scheduler.timesteps, conditions, generator, on_step_end)
         images = latents if output_type == "latent" else self.decode_latents(latents, height, width)
         return self._output(images, output_type, return_dict)

@@ -29,9 +29,7 @@ from transformers import (
 )
 
 from ..connected import ConnectedPriorMixin
-from ..decoding import Batch, callback_for
 from ..images import Images
-from ..inputs import as_prompts, check_strength
 from ..movq import MoVQ
 from ..pipeline_base import KandinskyPipelineMixin
 from ..prior import CachedPriorTransformer
@@ -83,32 +81,6 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
             prior_image_processor=prior_image_processor,
         )
 
-    def _check(self, prompt: Any, size: tuple[int, int], tensor_inputs: Sequence[str], **arguments: Any) -> Batch:
-        """Checks what the decoder will be given, so that nothing runs before an error in it is found."""
-        unknown_yet = torch.empty(1, 1)
-        embeds = {"image_embeds": unknown_yet, "negative_image_embeds": unknown_yet}
-        prompts = len(as_prompts(prompt))
-        return self.decoder_pipe._check(prompts, embeds, size, tensor_inputs=tensor_inputs, **arguments)[0]
-
-    def _draw(
-        self,
-        prompt: str | list[str],
-        prior_arguments: dict[str, Any],
-        decoder_arguments: dict[str, Any],
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Image embeddings from the prior, a picture from the decoder.
-
-        The decoder's text side has no negative prompt: as in stock, and as the original's `negative_decoder_prompt`,
-        the one given here is for the image embeddings.
-        """
-        shared = {name: decoder_arguments[name] for name in ("num_images_per_prompt", "generator")}
-        image_embeds, negative_image_embeds = self.prior_pipe(prompt, return_dict=False, **shared, **prior_arguments)
-        output = self.decoder_pipe(
-            prompt, image_embeds=image_embeds, negative_image_embeds=negative_image_embeds, **decoder_arguments
-        )
-        self.maybe_free_model_hooks()
-        return output
-
     @torch.no_grad()
     def __call__(
         self,
@@ -146,32 +118,7 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        arguments = {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_prompt": num_images_per_prompt,
-            "guidance_scale": guidance_scale,
-            "generator": generator,
-            "latents": latents,
-            "output_type": output_type,
-        }
-        self._check(prompt, (height, width), callback_on_step_end_tensor_inputs, **arguments)
-        prior_arguments = {
-            "negative_prompt": negative_prompt,
-            "negative_prior_prompt": negative_prior_prompt,
-            "num_inference_steps": prior_num_inference_steps,
-            "guidance_scale": prior_guidance_scale,
-            "callback_on_step_end": prior_callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": prior_callback_on_step_end_tensor_inputs,
-        }
-        decoder_arguments = {
-            **arguments,
-            "height": height,
-            "width": width,
-            "return_dict": return_dict,
-            "callback_on_step_end": callback_for(callback_on_step_end, callback, callback_steps),
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-        }
-        return self._draw(prompt, prior_arguments, decoder_arguments)
+        return self._draw(dict(locals()))
 
 
 class KandinskyImg2ImgCombinedPipeline(KandinskyCombinedPipeline, StockKandinskyImg2ImgCombinedPipeline):
@@ -211,36 +158,7 @@ class KandinskyImg2ImgCombinedPipeline(KandinskyCombinedPipeline, StockKandinsky
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        arguments = {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_prompt": num_images_per_prompt,
-            "guidance_scale": guidance_scale,
-            "generator": generator,
-            "latents": latents,
-            "output_type": output_type,
-        }
-        batch = self._check(prompt, (height, width), callback_on_step_end_tensor_inputs, **arguments)
-        self.decoder_pipe._load_image(image, batch)
-        check_strength(strength)
-        prior_arguments = {
-            "negative_prompt": negative_prompt,
-            "negative_prior_prompt": negative_prior_prompt,
-            "num_inference_steps": prior_num_inference_steps,
-            "guidance_scale": prior_guidance_scale,
-            "callback_on_step_end": prior_callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": prior_callback_on_step_end_tensor_inputs,
-        }
-        decoder_arguments = {
-            **arguments,
-            "image": image,
-            "strength": strength,
-            "height": height,
-            "width": width,
-            "return_dict": return_dict,
-            "callback_on_step_end": callback_for(callback_on_step_end, callback, callback_steps),
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-        }
-        return self._draw(prompt, prior_arguments, decoder_arguments)
+        return self._draw(dict(locals()))
 
 
 class KandinskyInpaintCombinedPipeline(KandinskyCombinedPipeline, StockKandinskyInpaintCombinedPipeline):
@@ -283,36 +201,4 @@ class KandinskyInpaintCombinedPipeline(KandinskyCombinedPipeline, StockKandinsky
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        arguments = {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_prompt": num_images_per_prompt,
-            "guidance_scale": guidance_scale,
-            "generator": generator,
-            "latents": latents,
-            "output_type": output_type,
-        }
-        inpainting = {"padding_mask_crop": padding_mask_crop, "preserve_unmasked": preserve_unmasked}
-        batch = self._check(prompt, (height, width), callback_on_step_end_tensor_inputs, **arguments)
-        self.decoder_pipe._load_known(image, mask_image, batch, output_type=output_type, **inpainting)
-        check_strength(strength)
-        prior_arguments = {
-            "negative_prompt": negative_prompt,
-            "negative_prior_prompt": negative_prior_prompt,
-            "num_inference_steps": prior_num_inference_steps,
-            "guidance_scale": prior_guidance_scale,
-            "callback_on_step_end": prior_callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": prior_callback_on_step_end_tensor_inputs,
-        }
-        decoder_arguments = {
-            **arguments,
-            **inpainting,
-            "image": image,
-            "mask_image": mask_image,
-            "strength": strength,
-            "height": height,
-            "width": width,
-            "return_dict": return_dict,
-            "callback_on_step_end": callback_for(callback_on_step_end, callback, callback_steps),
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-        }
-        return self._draw(prompt, prior_arguments, decoder_arguments)
+        return self._draw(dict(locals()))

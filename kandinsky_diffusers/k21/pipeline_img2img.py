@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.pipelines.kandinsky import KandinskyImg2ImgPipeline as StockKandinskyImg2ImgPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..decoding import callback_for
 from ..images import Images
-from ..sampling import step_end_callback
+from ..inputs import check_strength
 from ..schedulers import start_at
-from .pipeline import KandinskyPipeline
-from .text import TextInputs
+from .pipeline import Call, KandinskyPipeline
 
 
 class KandinskyImg2ImgPipeline(KandinskyPipeline, StockKandinskyImg2ImgPipeline):
@@ -58,39 +56,23 @@ class KandinskyImg2ImgPipeline(KandinskyPipeline, StockKandinskyImg2ImgPipeline)
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        callback_on_step_end = callback_for(callback_on_step_end, callback, callback_steps)
-        text = TextInputs(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-        )
-        batch, rows = self._check(
-            text.count,
-            {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds},
-            (height, width),
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        pixels = self._load_image(image, batch)
+        arguments = dict(locals())
+        call = self._check(arguments)
 
-        device = self._execution_device
+        device, shape = self._execution_device, self._latent_shape(call.batch)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps, noise_timestep = start_at(self.scheduler, strength)
-        conditions = self._encode(text, batch, rows, device)
-        image_latents = batch.expand(self.encode_pixels(pixels, device), "image")
-        shape = self._latent_shape(batch)
+        conditions = self._encode(call, device)
+        image_latents = call.batch.expand(self.encode_pixels(call.source, device), "image")
         latents = self.prepare_latents(
             shape, self.unet.dtype, device, generator, latents, image_latents, noise_timestep
         )
-        on_step_end = step_end_callback(self, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        on_step_end = self._on_step_end(arguments, conditions)
         latents = self._denoise(latents, timesteps, conditions, generator, on_step_end)
         images = latents if output_type == "latent" else self.decode_latents(latents, height, width)
         return self._output(images, output_type, return_dict)
+
+    def _check(self, arguments: Mapping[str, Any]) -> Call:
+        call = super()._check(arguments)
+        check_strength(arguments["strength"])
+        return call._replace(source=self._load_image(arguments["image"], call.batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,11 @@ from diffusers.pipelines.kandinsky import KandinskyInpaintPipeline as StockKandi
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .. import sampling
-from ..decoding import callback_for
 from ..images import Images
 from ..inpainting import InpaintMixin
+from ..inputs import check_strength
 from ..schedulers import start_at
-from .pipeline import KandinskyPipeline
-from .text import TextInputs
+from .pipeline import Call, KandinskyPipeline
 
 
 class KandinskyInpaintPipeline(InpaintMixin, KandinskyPipeline, StockKandinskyInpaintPipeline):
@@ -71,43 +70,24 @@ class KandinskyInpaintPipeline(InpaintMixin, KandinskyPipeline, StockKandinskyIn
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        callback_on_step_end = callback_for(callback_on_step_end, callback, callback_steps)
-        text = TextInputs(
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-        )
-        batch, rows = self._check(
-            text.count,
-            {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds},
-            (height, width),
-            num_inference_steps=num_inference_steps,
-            num_images_per_prompt=num_images_per_prompt,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        known = self._load_known(image, mask_image, batch, padding_mask_crop, preserve_unmasked, output_type)
+        arguments = dict(locals())
+        call = self._check(arguments)
 
-        device, dtype, shape = self._execution_device, self.unet.dtype, self._latent_shape(batch)
+        device, dtype, shape = self._execution_device, self.unet.dtype, self._latent_shape(call.batch)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps, noise_timestep = start_at(self.scheduler, strength)
-        conditions = self._encode(text, batch, rows, device)
-        conditions |= self._known_conditions(known, batch, device)
+        conditions = self._encode(call, device) | self._known_conditions(call.source, call.batch, device)
         noise = sampling.draw_noise(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
         image_latents = None if strength == 1.0 else conditions["known_latents"]
         latents = self.prepare_latents(shape, dtype, device, generator, noise, image_latents, noise_timestep)
-        on_step_end = sampling.step_end_callback(
-            self, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-        on_step_end = self._reimpose(conditions, timesteps, noise, on_step_end)
+        on_step_end = self._reimpose(conditions, timesteps, noise, self._on_step_end(arguments, conditions))
         latents = self._denoise(latents, timesteps, conditions, generator, on_step_end)
         if output_type == "latent":
             return self._output(latents, output_type, return_dict)
-        pixels = self._preserve(self.decode_latents(latents, height, width), known, batch)
-        return self._output(pixels, output_type, return_dict, known.crop)
+        pixels = self._preserve(self.decode_latents(latents, height, width), call.source, call.batch)
+        return self._output(pixels, output_type, return_dict, call.source.crop)
+
+    def _check(self, arguments: Mapping[str, Any]) -> Call:
+        call = super()._check(arguments)
+        check_strength(arguments["strength"])
+        return call._replace(source=self._load_known(arguments, call.batch))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class TextInputs:
         negative_states = (self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
         _check_alternatives("negative_prompt", self.negative_prompt, *negative_states)
         as_negatives(self.negative_prompt, self.count)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> TextInputs:
+        """Those among the arguments of a call."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     @property
     def count(self) -> int:
