@@ -25,6 +25,11 @@ class SavedAsStock:
             config["_class_name"] = identity[1]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
+    @classmethod
+    def replaces(cls, component: Any) -> bool:
+        """Whether this class does everything that `component`, of the stock class, is configured to do."""
+        return True
+
     def _on_shared_state(self) -> None:
         """Called by [`view_as`] in place of `__init__`."""
 
@@ -38,7 +43,7 @@ def adopt(component: Any) -> Any:
         ValueError: see [`view_as`].
     """
     better = _better_classes().get(type(component))
-    if better is None:
+    if better is None or not better.replaces(component):
         return component
     if isinstance(component, SchedulerMixin):
         return better.from_config(component.config)
@@ -88,7 +93,7 @@ def view_as(component: Any, cls: type[T]) -> T:
 
 
 @functools.cache
-def _better_classes() -> dict[type, type]:
+def _better_classes() -> dict[type, type[SavedAsStock]]:
     # imported here, because they are built on this module
     from .movq import MoVQ
     from .prior import CachedPriorTransformer

@@ -42,9 +42,16 @@ class AncestralStepper:
     order = 1
     init_noise_sigma = 1.0
     config: Any
+    alphas_cumprod: torch.Tensor
     timesteps: torch.Tensor
 
-    def _respace(self, alphas_cumprod: np.ndarray, num_inference_steps: int, device: Any) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose `num_inference_steps` timesteps ([`respaced_timesteps`]).
+
+        Raises:
+            TypeError, ValueError: `num_inference_steps` is no int from 1 to `num_train_timesteps`.
+        """
+        alphas_cumprod = self.alphas_cumprod.numpy()
         timesteps = respaced_timesteps(len(alphas_cumprod), num_inference_steps)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.from_numpy(timesteps).to(device)
@@ -129,15 +136,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         check_choice("threshold_reference", threshold_reference, ("sample", "first"))
         check_choice("start_timestep", start_timestep, ("diffusers", "original"))
         self.alphas_cumprod = torch.from_numpy(linear_alphas_cumprod(beta_start, beta_end, num_train_timesteps))
-        self._respace(self.alphas_cumprod.numpy(), num_train_timesteps, None)
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose `num_inference_steps` timesteps ([`respaced_timesteps`]).
-
-        Raises:
-            ValueError: `num_inference_steps` is below 1 or above `num_train_timesteps`.
-        """
-        self._respace(self.alphas_cumprod.numpy(), num_inference_steps, device)
+        self.set_timesteps(num_train_timesteps)
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """`original_samples` as they are at `timesteps` (one per sample): sqrt(a) x + sqrt(1 - a) noise."""
@@ -233,15 +232,12 @@ class KandinskyUnCLIPScheduler(SavedAsStock, AncestralStepper, UnCLIPScheduler):
         self.betas = torch.from_numpy(cosine_betas(num_train_timesteps))
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self._respace(self.alphas_cumprod.numpy(), num_train_timesteps, None)
+        self.set_timesteps(num_train_timesteps)
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose `num_inference_steps` timesteps ([`respaced_timesteps`]).
-
-        Raises:
-            ValueError: `num_inference_steps` is below 1 or above `num_train_timesteps`.
-        """
-        self._respace(self.alphas_cumprod.numpy(), num_inference_steps, device)
+    @classmethod
+    def replaces(cls, component: UnCLIPScheduler) -> bool:
+        """Only where the variance is the posterior's own; a decoder's UnCLIP learns its variance."""
+        return component.config.variance_type == "fixed_small_log"
 
     def step(
         self,

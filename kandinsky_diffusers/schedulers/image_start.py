@@ -42,8 +42,9 @@ def start_at(scheduler: Any, strength: float) -> tuple[torch.Tensor, torch.Tenso
     if scheduler.config.get("start_timestep") == "original":
         kept, noise_timestep = _original_start(scheduler, plan, strength)
     else:
-        count = -(-len(plan) // scheduler.order)
-        kept = plan[(count - int(count * strength)) * scheduler.order :]
+        order = getattr(scheduler, "order", 1)  # stock's UnCLIPScheduler has none
+        count = -(-len(plan) // order)
+        kept = plan[(count - int(count * strength)) * order :]
         noise_timestep = kept[:1].squeeze(0)
     if not len(kept):
         raise ValueError(f"`strength` of {strength} leaves none of {len(plan)} steps.")
