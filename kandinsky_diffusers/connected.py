@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 
 LOADING_OPTIONS = (
@@ -206,7 +207,10 @@ def _named_by_card(card: Path) -> str | None:
 
 def _named_by_card_on_hub(repo: str, hub_options: dict[str, Any]) -> str | None:
     options = {name: value for name, value in hub_options.items() if name != "proxies"}
-    return _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
+    try:
+        return _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
+    except EntryNotFoundError:
+        return None
 
 
 def _dtypes_of_prior(options: dict[str, Any]) -> dict[str, Any]:

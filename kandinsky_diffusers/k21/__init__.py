@@ -3,6 +3,7 @@
 Against 2.0 it has the prior and the image embedding, one text encoder instead of two, and a MoVQ instead of a KL
 autoencoder. The models are stock classes; the pipelines repair and extend the stock ones.
 """
+
 from __future__ import annotations
 
 from .pipeline import KandinskyPipeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import UnCLIPScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
