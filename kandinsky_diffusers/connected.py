@@ -191,8 +191,8 @@ def _sibling_names(name: str) -> list[str]:
 
 
 def _sibling(folder: Path) -> Path | None:
-    folder = folder.resolve()
-    candidates = (folder.parent / name for name in _sibling_names(folder.name))
+    places = dict.fromkeys((folder.absolute(), folder.resolve()))  # a link has its siblings where it lies
+    candidates = (place.parent / name for place in places for name in _sibling_names(place.name))
     return next((path for path in candidates if (path / "model_index.json").is_file()), None)
 
 
@@ -228,8 +228,8 @@ def _dtypes_of_prior(options: dict[str, Any]) -> dict[str, Any]:
 
 def _load_prior(prior: Any, repo: Any, options: dict[str, Any]) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(prior, **options)
-    except OSError as error:
+        return DiffusionPipeline.from_pretrained(str(prior), **options)
+    except (OSError, ValueError) as error:
         raise OSError(
             f"The prior {str(prior)!r} of {str(repo)!r} cannot be loaded: {error}. `prior=` takes a prior pipeline,"
             " its folder or its Hub id."

@@ -6,7 +6,7 @@ where the picture is repainted, as users give them, unless a name says `keep_mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def latent_size(height: int, width: int, scale_factor: int) -> tuple[int, int]:
 def pixels_from(images: Images, height: int, width: int, name: str = "image") -> torch.Tensor:
     """Pictures as one float32 tensor `[batch, 3, height, width]` in [-1, 1].
 
-    PIL pictures are made RGB and resized with Pillow's bicubic filter and `reducing_gap=1`, as the originals do
+    PIL pictures are resized with Pillow's bicubic filter and `reducing_gap=1` and made RGB, as the originals do
     (`prepare_image` in kandinsky2/utils.py). Arrays are `[height, width, 3]`, tensors `[3, height, width]`, or batches
     of these; uint8 and floats above 1 count as 0..255, floats with negative values as [-1, 1], other floats as [0, 1].
     Arrays and tensors of another size are resized bicubically with antialiasing.
@@ -51,7 +51,7 @@ def pixels_from(images: Images, height: int, width: int, name: str = "image") ->
 
 def _pixels_of(image: Image, height: int, width: int, name: str) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
-        resized = image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC, reducing_gap=1)
+        resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC, reducing_gap=1).convert("RGB")
         return torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2) / 127.5 - 1.0
     pixels = _as_batch(image, channels=3, name=name)
     lowest, highest = float(pixels.min()), float(pixels.max())
@@ -84,7 +84,7 @@ def _mask_of(mask: Image, name: str) -> torch.Tensor:
         mask = np.array(mask.convert("L"))
     values = _as_batch(mask, channels=1, name=name)
     lowest, highest = float(values.min()), float(values.max())
-    if lowest < 0.0 or highest > 255.0:
+    if not (lowest >= 0.0 and highest <= 255.0):  # written so that it catches NaN
         raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [0, 1] or 0..255.")
     return (values >= (127.5 if highest > 1.0 else 0.5)).float()
 
@@ -118,6 +118,19 @@ def pad_to(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.pad(pixels, (0, right, 0, bottom), mode="replicate") if bottom or right else pixels
 
 
+def center_crop(pixels: torch.Tensor, size: Mapping[str, int]) -> torch.Tensor:
+    """The middle of `pixels` `[batch, channels, h, w]`; an odd margin is halved to even, as OpenAI's CLIP does.
+
+    Args:
+        pixels: at least as large as `size`.
+        size: `{"height": ..., "width": ...}`.
+    """
+    top, left = (
+        round((have - size[name]) / 2) for have, name in zip(pixels.shape[-2:], ("height", "width"), strict=True)
+    )
+    return pixels[..., top : top + size["height"], left : left + size["width"]]
+
+
 def pixels_to(pixels: torch.Tensor, output_type: str) -> Any:
     """Pixels in [-1, 1] as a list of PIL pictures, or an array or tensor in [0, 1]; values outside are clamped."""
     return _processor.postprocess(pixels.float() if output_type != "pt" else pixels, output_type)
@@ -140,10 +153,10 @@ def _as_list(images: Images, name: str) -> list[Image]:
 def _as_batch(image: np.ndarray | torch.Tensor, channels: int, name: str) -> torch.Tensor:
     shape = tuple(image.shape)
     batch = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
-    if channels == 1 and batch.ndim == 2:
-        batch = batch[None]
     if isinstance(image, np.ndarray) and batch.ndim >= 3 and batch.shape[-1] == channels:
         batch = batch.movedim(-1, -3)
+    if channels == 1 and batch.ndim == 2:
+        batch = batch[None]
     if batch.ndim == 3:
         batch = batch[None] if batch.shape[0] == channels else batch[:, None]
     if batch.ndim != 4 or batch.shape[1] != channels or not batch.numel():

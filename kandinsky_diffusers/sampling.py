@@ -118,7 +118,7 @@ def step_end_callback(
 
     def on_step_end(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         named = {"latents": latents, **conditions}
-        changed = callback(pipeline, index, timestep, {name: named[name] for name in tensor_inputs}) or {}
+        changed = dict(callback(pipeline, index, timestep, {name: named[name] for name in tensor_inputs}) or {})
         latents = changed.pop("latents", latents)
         conditions.update(changed)
         return latents

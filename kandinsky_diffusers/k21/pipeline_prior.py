@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from .. import sampling
+from ..images import center_crop
 from ..inputs import as_negatives, as_prompts, check_at_most, check_choice, check_counts, check_generators, check_shape
 from ..pipeline_base import KandinskyPipelineMixin
 from ..prior import CachedPriorTransformer
@@ -230,8 +231,10 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
         generator: Any,
         on_step_end: sampling.OnStepEnd | None,
     ) -> torch.Tensor:
+        # the original's DDIM derives the noise from the clamped prediction, which in diffusers is an option of DDIM
+        offered = {"generator": generator, "use_clipped_model_output": True}
         accepted = inspect.signature(self.scheduler.step).parameters
-        step = partial(self.scheduler.step, **({"generator": generator} if "generator" in accepted else {}))
+        step = partial(self.scheduler.step, **{k: v for k, v in offered.items() if k in accepted})
         prefix = _Prefix(self.prior, enabled=not self._exact_reference)
         timesteps: Any = self.progress_bar(self.scheduler.timesteps)
         return sampling.denoise(
@@ -309,7 +312,8 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
 
     def _encode_image(self, image: PIL.Image.Image | torch.Tensor, device: torch.device) -> torch.Tensor:
         if isinstance(image, PIL.Image.Image):
-            image = self.image_processor(image, return_tensors="pt").pixel_values
+            processed = self.image_processor(image, do_center_crop=False, return_tensors="pt")
+            image = center_crop(processed.pixel_values, self.image_processor.crop_size)
         return self.image_encoder(image.to(device, self.image_encoder.dtype)).image_embeds
 
 

@@ -66,7 +66,7 @@ ANCESTRAL_SCHEDULER = ConfigComponent(
     "KandinskyAncestralScheduler",
     config={
         **BETAS,
-        "clip_sample_range": 2.0,
+        "denoised_range": 2.0,
         "dynamic_thresholding_ratio": 0.995,
         "variance_type": "learned_range",
         "prediction_type": "epsilon",

@@ -20,6 +20,7 @@ from .tables import (
     linear_alphas_cumprod,
     noised,
     respaced_timesteps,
+    state_every_setting,
 )
 
 
@@ -98,7 +99,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         num_train_timesteps: length of the training schedule.
         beta_start: first of the linear betas.
         beta_end: last of the linear betas.
-        clip_sample_range: the predicted clean latents are clamped to plus/minus this first (2.1: 2.0); None: no clamp.
+        denoised_range: the predicted clean latents are clamped to plus/minus this first (2.1: 2.0); None: no clamp.
         dynamic_thresholding_ratio: then this quantile s of their absolute values, at least 1, clips them and divides
             them (https://arxiv.org/abs/2205.11487, section 2.3); None for no threshold.
         variance_type: `"learned_range"`, the only one: the network predicts `2 * channels` channels.
@@ -120,7 +121,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         num_train_timesteps: int = 1000,
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
-        clip_sample_range: float | None = 2.0,
+        denoised_range: float | None = 2.0,
         dynamic_thresholding_ratio: float | None = 0.995,
         variance_type: Literal["learned_range"] = "learned_range",
         prediction_type: Literal["epsilon"] = "epsilon",
@@ -134,6 +135,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         check_choice("prediction_type", prediction_type, ("epsilon",))
         check_choice("threshold_reference", threshold_reference, ("sample", "first"))
         check_choice("start_timestep", start_timestep, ("diffusers", "original"))
+        state_every_setting(self)
         self.alphas_cumprod = torch.from_numpy(linear_alphas_cumprod(beta_start, beta_end, num_train_timesteps))
         self.set_timesteps(num_train_timesteps)
 
@@ -181,7 +183,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
     def _clean(self, index: int, sample: torch.Tensor, noise_prediction: torch.Tensor) -> torch.Tensor:
         alpha = float(self._posterior.alphas_cumprod[index])
         x0 = (1.0 / alpha) ** 0.5 * sample - (1.0 / alpha - 1.0) ** 0.5 * noise_prediction
-        limit = self.config.clip_sample_range
+        limit = self.config.denoised_range
         return x0 if limit is None else x0.clamp(-limit, limit)
 
     def _threshold(self, x0: torch.Tensor) -> torch.Tensor:

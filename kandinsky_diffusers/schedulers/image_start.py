@@ -34,8 +34,6 @@ def start_at(scheduler: Any, strength: float) -> tuple[torch.Tensor, torch.Tenso
     check_strength(strength)
     if strength == 0.0:
         return scheduler.timesteps[:0], None
-    if strength == 1.0:
-        return scheduler.timesteps, scheduler.timesteps[:1].squeeze(0)
     # PLMS repeats its second timestep at the start; where it starts is known only after the cut.
     repeats_second = isinstance(scheduler, PNDMScheduler)
     plan = torch.unique_consecutive(scheduler.timesteps) if repeats_second else scheduler.timesteps

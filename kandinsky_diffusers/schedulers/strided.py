@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.configuration_utils import register_to_config
 
 from ..inputs import check_choice
-from .tables import strided_timesteps, with_second_twice
+from .tables import state_every_setting, strided_timesteps, with_second_twice
 
 
 class KandinskyDDIMScheduler(DDIMScheduler):
@@ -64,6 +64,7 @@ class KandinskyDDIMScheduler(DDIMScheduler):
             timestep_spacing=timestep_spacing,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
+        state_every_setting(self)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps ([`strided_timesteps`]).
@@ -118,6 +119,9 @@ class KandinskyPNDMScheduler(PNDMScheduler):
             timestep_spacing=timestep_spacing,
             steps_offset=steps_offset,
         )
+        state_every_setting(self)
+        # the repeated second step asks for the timestep before it, which may be the one past the end
+        self.alphas_cumprod = torch.cat([self.alphas_cumprod, self.alphas_cumprod[-1:]])
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Choose the timesteps ([`strided_timesteps`]).

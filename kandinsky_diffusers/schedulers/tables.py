@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import ConfigMixin
 
 from ..inputs import check_at_most, check_counts
 
@@ -100,3 +101,8 @@ def noised(
 def with_second_twice(timesteps: np.ndarray) -> np.ndarray:
     """The order in which PLMS calls the network: its first step is an improved Euler step with two calls."""
     return np.concatenate([timesteps[:2], timesteps[1:2], timesteps[2:]])
+
+
+def state_every_setting(scheduler: ConfigMixin) -> None:
+    """Let `from_config` of another class take over our defaults; it skips what is marked as one, and has its own."""
+    scheduler.register_to_config(_use_default_values=[])

@@ -106,7 +106,7 @@ def test_decoders_carry_the_three_samplers(converted_21, repo):
     assert (ddpm.config.variance_type, ddpm.config.thresholding) == ("learned_range", True)
     ancestral = read(converted_21 / repo / "ancestral_scheduler" / "scheduler_config.json")
     cls = getattr(kandinsky_diffusers, ancestral["_class_name"])
-    assert cls.from_pretrained(converted_21 / repo, subfolder="ancestral_scheduler").config.clip_sample_range == 2.0
+    assert cls.from_pretrained(converted_21 / repo, subfolder="ancestral_scheduler").config.denoised_range == 2.0
 
 
 def test_every_tensor_keeps_its_own_dtype(converted_21):

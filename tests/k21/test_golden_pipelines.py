@@ -8,7 +8,7 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image, DDIMScheduler
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 
 from kandinsky_diffusers import (
     KandinskyAncestralScheduler,
@@ -83,8 +83,12 @@ def prior_arguments(case: GoldenCase) -> dict[str, Any]:
 def prior_scheduler(steps: str, pipe: Any, component: str = "scheduler") -> None:
     """The original's "ddim25" asks for DDIM in the prior, "25" for its ancestral sampler."""
     if steps.startswith("ddim"):
-        ddim = DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=10.0, steps_offset=1
+        ddim = KandinskyDDIMScheduler(
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            clip_sample=True,
+            clip_sample_range=10.0,
+            set_alpha_to_one=True,
         )
         setattr(pipe, component, ddim)
 
@@ -205,6 +209,8 @@ def test_golden_mix(goldens_21: GoldenFamily, converted_21: Path, monkeypatch: p
         case.parameters["weights"],
         num_inference_steps=int(case.parameters["prior_steps"]),
         guidance_scale=case.parameters["prior_cf_scale"],
+        negative_prior_prompt=case.parameters.get("negative_prior_prompt", ""),
+        negative_prompt=case.parameters.get("negative_decoder_prompt", ""),
     )
     for name in ("image_embeds", "negative_image_embeds"):
         every_picture = embeds[name].expand_as(case[name])  # the original mixes once for a whole batch
