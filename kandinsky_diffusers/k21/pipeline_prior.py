@@ -194,8 +194,10 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
         scale = _scale(guidance_scale, embeddings)
         texts, unconditional = _texts(prompts, negative_prompt, negative_prior_prompt)
         halves = len(texts) // len(prompts)
-        if latents is not None and len(latents) == embeddings:
-            latents = latents.repeat(halves, 1)
+        shape = (halves * embeddings, self.prior.config.embedding_dim)
+        if latents is not None:
+            latents = latents.repeat(halves, 1) if len(latents) == embeddings else latents
+            check_shape(latents, shape, "latents")
 
         device = self._execution_device
         guided = bool(torch.as_tensor(scale != 1.0).any())
@@ -203,7 +205,6 @@ class KandinskyPriorPipeline(KandinskyPipelineMixin, StockKandinskyPriorPipeline
         conditions: dict[str, torch.Tensor] = dict(zip(CONDITIONS, encoded, strict=True))
         zero_embeds = self.get_zero_embed(embeddings, device) if halves == 1 else None
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        shape = (halves * embeddings, self.prior.config.embedding_dim)
         latents = self.prepare_latents(shape, encoded[0].dtype, device, generator, latents)
         on_step_end = sampling.step_end_callback(
             self, conditions, callback_on_step_end, callback_on_step_end_tensor_inputs
