@@ -90,7 +90,6 @@ class ShardedWriter:
         variant: str | None = None,
         advance: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self._folder = folder
         self._advance = advance
         groups = _distribute(entries, max_shard_size)
         full_stem = f"{stem}.{variant}" if variant else stem
