@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_UPSTREAM := $(VENV)/.installed-upstream
 DEMO_RELEASE := build/demo-release
 GOLDENS_21 := tests/data/goldens/kandinsky-2.1
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test upstream-tests check format bench clean
 
 help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
+	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
+	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
 	@echo "make format   let ruff repair what it can"
 	@echo "make bench    time and memory against stock diffusers, at full size"
@@ -28,6 +31,10 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(INSTALLED_UPSTREAM): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[upstream]'
+	@touch $@
+
 demo: $(INSTALLED)
 	@rm -rf $(DEMO_RELEASE)
 	$(BIN)/python -m tests.support.release $(GOLDENS_21) $(DEMO_RELEASE)
@@ -35,6 +42,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+upstream-tests: $(INSTALLED_UPSTREAM)
+	@test -n "$(DIFFUSERS)" || { echo "Name a checkout: make upstream-tests DIFFUSERS=path/to/diffusers" >&2; exit 1; }
+	$(BIN)/python tests/upstream/run.py "$(DIFFUSERS)" $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,15 +5,9 @@ Importing registers; `unregister()` gives diffusers back as it was.
 
 from __future__ import annotations
 
-from .k21 import (
-    KandinskyCombinedPipeline,
-    KandinskyImg2ImgCombinedPipeline,
-    KandinskyImg2ImgPipeline,
-    KandinskyInpaintCombinedPipeline,
-    KandinskyInpaintPipeline,
-    KandinskyPipeline,
-    KandinskyPriorPipeline,
-)
+from . import k21, k22
+from .k21 import *  # noqa: F403 (each family lists its public names)
+from .k22 import *  # noqa: F403
 from .movq import MoVQ
 from .prior import CachedPriorTransformer
 from .registry import UnsupportedDiffusersError, register, register_pipeline, unregister
@@ -30,15 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CachedPriorTransformer",
     "KandinskyAncestralScheduler",
-    "KandinskyCombinedPipeline",
     "KandinskyDDIMScheduler",
-    "KandinskyImg2ImgCombinedPipeline",
-    "KandinskyImg2ImgPipeline",
-    "KandinskyInpaintCombinedPipeline",
-    "KandinskyInpaintPipeline",
     "KandinskyPNDMScheduler",
-    "KandinskyPipeline",
-    "KandinskyPriorPipeline",
     "KandinskyUnCLIPScheduler",
     "MoVQ",
     "UnsupportedDiffusersError",
@@ -46,5 +33,7 @@ __all__ = [
     "register_pipeline",
     "unregister",
 ]
+__all__ += k21.__all__
+__all__ += k22.__all__
 
 register()

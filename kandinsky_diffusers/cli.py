@@ -30,16 +30,22 @@ app = typer.Typer(
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="Folder with the original files, or a Hub id. With --plan also a file.")
+        str,
+        typer.Argument(help="Folder with the original files or repositories, or a Hub id. With --plan also a file."),
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder that gets one folder per repository.")] = None,
-    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.1.")] = "auto",
+    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.1, 2.2.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, float16 or bfloat16.")] = "auto",
     variant: Annotated[str | None, typer.Option(help="fp16 or bf16: cast, and name the files so.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     original_config: Annotated[Path | None, typer.Option(help="JSON with the original's configuration.")] = None,
-    clip: Annotated[str, typer.Option(help="Folder or Hub id of CLIP ViT-L/14.")] = "openai/clip-vit-large-patch14",
+    clip: Annotated[
+        str, typer.Option(help="2.1: folder or Hub id of CLIP ViT-L/14.")
+    ] = "openai/clip-vit-large-patch14",
     drop: Annotated[list[str] | None, typer.Option(help="Glob of keys to leave out; may be repeated.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="split (prior and decoders apart) or combined (the prior inside each decoder's).")
+    ] = "split",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace repositories that are there.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would become of every key.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read back, compare bit for bit, run once.")] = False,
@@ -50,7 +56,12 @@ def convert(
     with _plain_errors():
         if plan:
             found, plans = conversion.plan_source(
-                source, version=version, original_config=original_config, clip=clip, drop=drop or ()
+                source,
+                version=version,
+                original_config=original_config,
+                clip=clip,
+                drop=drop or (),
+                layout=layout,
             )
             _show_plans(plans, found.ignored)
             return
@@ -67,6 +78,7 @@ def convert(
                 original_config=original_config,
                 clip=clip,
                 drop=drop or (),
+                layout=layout,
                 overwrite=overwrite,
                 verify=verify,
                 progress=lambda **options: _Bar(bars, **options),

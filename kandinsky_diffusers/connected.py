@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+
+from .inputs import as_prompts, as_weights, check_counts
+from .options import Pictures
+from .prior_call import check_mixable
 
 
 LOADING_OPTIONS = (
@@ -30,6 +36,9 @@ LOADING_OPTIONS = (
     "variant",
 )
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision")
+
+EMBEDS = ("image_embeds", "negative_image_embeds")
+PICTURES = ("image", "mask_image", "hint")
 
 _prior_is_given: ContextVar[bool] = ContextVar("prior_is_given", default=False)
 
@@ -111,7 +120,17 @@ class ConnectedPriorMixin:
         """The decoder pipeline, on this pipeline's components as they are now."""
         return self._inner("_decoder_pipe", self._decoder_class, prefix="")
 
-    def _draw(self, arguments: dict[str, Any]) -> ImagePipelineOutput | tuple[Any]:
+    @property
+    def guidance_scale(self) -> float:
+        """That of the decoder."""
+        return self.decoder_pipe.guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """That of the decoder."""
+        return self.decoder_pipe.num_timesteps
+
+    def _draw(self, arguments: Mapping[str, Any]) -> Pictures:
         """Image embeddings from the prior, a picture from the decoder; nothing runs before all arguments are checked.
 
         The decoder's text side has no negative prompt: as in stock, and as the original's `negative_decoder_prompt`,
@@ -121,20 +140,88 @@ class ConnectedPriorMixin:
             arguments: of `__call__`, by their names. Those that begin with `prior_` are for the prior.
         """
         prior, decoder = self.prior_pipe, self.decoder_pipe
-        for_decoder = _accepted_by(decoder, arguments)
+        check_counts(num_images_per_prompt=arguments["num_images_per_prompt"])
+        prompts, each = len(as_prompts(arguments["prompt"])), arguments["num_images_per_prompt"]
+        for_decoder = {name: value for name, value in arguments.items() if name in _parameters_of(decoder)}
         for_decoder.pop("negative_prompt", None)
-        names = ("image_embeds", "negative_image_embeds")
-        unknown_yet = dict.fromkeys(names, torch.empty(1, 1))
-        call = inspect.signature(type(decoder).__call__).bind(decoder, **for_decoder, **unknown_yet)
-        call.apply_defaults()
-        decoder._check(call.arguments)
+        if "prompt" not in for_decoder:  # it counts embeddings, of which there is one for each picture
+            for_decoder["num_images_per_prompt"] = 1
+            pictures = {name: for_decoder[name] for name in PICTURES if name in for_decoder}
+            for_decoder |= {name: _repeat_each(value, prompts, each) for name, value in pictures.items()}
+        _check_decoder(decoder, for_decoder, prompts * each)
 
         own = {name.removeprefix("prior_"): arguments[name] for name in arguments if name.startswith("prior_")}
         shared = ("prompt", "negative_prompt", "negative_prior_prompt", "num_images_per_prompt", "generator")
         embeds = prior(**{name: arguments[name] for name in shared}, **own, return_dict=False)
-        output = decoder(**for_decoder, **dict(zip(names, embeds, strict=True)))
+        output = decoder(**for_decoder, **dict(zip(EMBEDS, embeds, strict=True)))
         self.maybe_free_model_hooks()
         return output
+
+    @torch.no_grad()
+    def mix(
+        self,
+        images_and_prompts: Sequence[str | PIL.Image.Image | torch.Tensor],
+        weights: Sequence[float] | Sequence[Sequence[float]],
+        negative_prior_prompt: str | None = None,
+        negative_prompt: str = "",
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prior_guidance_scale: float = 4.0,
+        prior_num_inference_steps: int = 25,
+        return_dict: bool = True,
+        **decoder_arguments: Any,
+    ) -> Pictures:
+        """Draw a mixture of prompts and pictures, or a series of mixtures (`mix_images` of the original).
+
+        All pictures of a series start from the same noise, so that only the mixture changes from one to the next, and
+        each is what its list of weights gives alone. `diffusers.utils.make_image_grid` puts them side by side.
+
+        Args:
+            images_and_prompts: what to mix, see [`PriorPipeline.interpolate`].
+            weights: one for each of these, or a list of such lists for a series.
+            negative_prior_prompt: see [`PriorPipeline.interpolate`].
+            negative_prompt: likewise.
+            num_images_per_prompt: pictures for each list of weights.
+            generator: one, or one for each of these pictures.
+            prior_guidance_scale: `guidance_scale` of the prior.
+            prior_num_inference_steps: `num_inference_steps` of the prior.
+            return_dict: return a tuple if False.
+            decoder_arguments: all else that the decoder takes, `image` or `height` for example. A decoder with a text
+                side gets the empty prompt, as in the original, if `prompt` is not given.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described; it is named.
+        """
+        prior, decoder = self.prior_pipe, self.decoder_pipe
+        series = as_weights(weights, len(images_and_prompts))
+        check_mixable(images_and_prompts)
+        check_counts(num_images_per_prompt=num_images_per_prompt)
+        generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        arguments = {**decoder_arguments, "generator": generator, "return_dict": False}
+        if "prompt" in _parameters_of(decoder):
+            arguments.setdefault("prompt", "")
+        _check_decoder(decoder, arguments, num_images_per_prompt)
+
+        embeds = prior.interpolate(
+            images_and_prompts,
+            series,
+            num_images_per_prompt,
+            prior_num_inference_steps,
+            generator,
+            negative_prior_prompt=negative_prior_prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=prior_guidance_scale,
+        )
+        generators = generator if isinstance(generator, list) else [generator]
+        states = [each.get_state() for each in generators]
+        parts = []
+        for rows in zip(*(embeds[name].chunk(len(series)) for name in EMBEDS), strict=True):
+            for each, state in zip(generators, states, strict=True):
+                each.set_state(state)
+            parts += decoder(**arguments, **dict(zip(EMBEDS, rows, strict=True)))
+        self.maybe_free_model_hooks()
+        images = _joined(parts)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _inner(self, attribute: str, pipeline_class: type, prefix: str) -> Any:
         names = pipeline_class._get_signature_keys(pipeline_class)[0]
@@ -151,9 +238,41 @@ class ConnectedPriorMixin:
         return inner.exact_reference(self._exact_reference)
 
 
-def _accepted_by(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    return {name: value for name, value in arguments.items() if name in accepted and name != "self"}
+def components_among(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The components among the `locals()` of a pipeline's `__init__`."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+
+
+def _parameters_of(pipeline: Any) -> Sequence[str]:
+    return list(inspect.signature(type(pipeline).__call__).parameters)[1:]
+
+
+def _check_decoder(decoder: Any, arguments: Mapping[str, Any], images: int) -> None:
+    """Check what the decoder will be called with, when there are no embeddings yet."""
+    unknown_yet = dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width))
+    call = inspect.signature(type(decoder).__call__).bind(decoder, **arguments, **unknown_yet)
+    call.apply_defaults()
+    decoder._check(call.arguments)
+
+
+def _repeat_each(pictures: Any, prompts: int, times: int) -> Any:
+    """Pictures of which there is one for each prompt, for several pictures of each."""
+    if isinstance(pictures, (list, tuple)) and len(pictures) == prompts:
+        return [picture for picture in pictures for _ in range(times)]
+    if isinstance(pictures, torch.Tensor) and pictures.ndim == 4 and len(pictures) == prompts:
+        return pictures.repeat_interleave(times, dim=0)
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 4 and len(pictures) == prompts:
+        return pictures.repeat(times, axis=0)
+    return pictures
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Pictures of several calls: lists, arrays or tensors."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return [picture for part in parts for picture in part]
 
 
 def find_prior(repo: Any, **hub_options: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,12 @@ from .inputs import (
     check_counts,
     check_generators,
     check_shape,
+    check_strength,
     count_images,
     expand,
 )
-from .schedulers import noise_to
+from .options import Pictures
+from .schedulers import noise_to, start_at
 
 
 Conditions = dict[str, torch.Tensor]
@@ -53,8 +55,38 @@ class Batch:
         return expand(rows, self.prompts, self.images, name)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a decoder, checked.
+
+    Args:
+        arguments: of `__call__`, by their names; `call[name]` is one of them.
+        batch: how many pictures, and of what size.
+        embeds: image embeddings as given.
+        text: prompts and negative prompts, for the decoders that take any.
+        source: pixels, or what is known of them, where a picture is given.
+        hint: a depth map `[1 or prompts or pictures, 3, height, width]`, for the UNets that take one.
+    """
+
+    arguments: Mapping[str, Any]
+    batch: Batch
+    embeds: Conditions
+    text: Any = None
+    source: Any = None
+    hint: torch.Tensor | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+
 class DecoderMixin:
-    """Mixed in before a stock decoder pipeline; it works with the components `unet`, `scheduler` and `movq`."""
+    """Mixed in before a stock decoder pipeline; it works with the components `unet`, `scheduler` and `movq`.
+
+    A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
+    ([`Img2ImgMixin`], [`InpaintMixin`]) where to start.
+    """
+
+    _image_by_unit_range = False  # see `images.pixels_from`
 
     @property
     def guidance_scale(self) -> float:
@@ -136,8 +168,22 @@ class DecoderMixin:
         channels = self.movq.config.latent_channels
         return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == channels != 3
 
-    def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> tuple[Batch, Conditions]:
-        """What a call makes, after a check of all that decoders have in common; and the embeddings it needs.
+    def _generate(self, arguments: Mapping[str, Any]) -> Pictures:
+        """Pictures for the arguments of `__call__`; nothing runs before all of them are checked."""
+        call = self._check(arguments)
+        device = self._execution_device
+        self.scheduler.set_timesteps(call["num_inference_steps"], device=device)
+        timesteps, noise_timestep = self._timesteps(call)
+        conditions = self._encode(call, device)
+        latents = self._start(call, conditions, noise_timestep, device)
+        on_step_end = self._on_step_end(call, conditions, timesteps)
+        latents = self._denoise(latents, timesteps, conditions, call["generator"], on_step_end)
+        images = self._finish(call, latents)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if call["return_dict"] else (images,)
+
+    def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> Call:
+        """What all decoders check, and what follows from it.
 
         Args:
             arguments: of `__call__`, by their names.
@@ -153,50 +199,68 @@ class DecoderMixin:
         callback_for(arguments)
         self._guidance_scale = float(arguments["guidance_scale"])
         names = ["image_embeds", "negative_image_embeds"] if self.do_classifier_free_guidance else ["image_embeds"]
-        rows = {name: as_rows(arguments[name], name) for name in names}
-        images = count_images(prompts, arguments["num_images_per_prompt"], len(rows["image_embeds"]))
+        embeds = {name: as_rows(arguments[name], self._embeds_width, name) for name in names}
+        images = count_images(prompts, arguments["num_images_per_prompt"], len(embeds["image_embeds"]))
         batch = Batch(prompts, images, (arguments["height"], arguments["width"]))
-        for name, value in rows.items():
-            batch.expand(value, name)
+        for name, rows in embeds.items():
+            batch.expand(rows, name)
         check_generators(arguments["generator"], images)
         if arguments["latents"] is not None:
             check_shape(arguments["latents"], self._latent_shape(batch), "latents")
-        return batch, rows
+        return Call(arguments, batch, embeds)
 
-    def _on_step_end(self, arguments: Mapping[str, Any], conditions: Conditions) -> sampling.OnStepEnd | None:
-        names = arguments["callback_on_step_end_tensor_inputs"]
-        return sampling.step_end_callback(self, conditions, callback_for(arguments), names)
+    def _timesteps(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The timesteps to walk down, and the one to which a picture is noised before."""
+        return self.scheduler.timesteps, None
 
-    def _embeds_for(self, batch: Batch, rows: Conditions, device: torch.device) -> Conditions:
-        return {name: batch.expand(value.to(device, self.unet.dtype), name) for name, value in rows.items()}
+    def _start(
+        self, call: Call, conditions: Conditions, noise_timestep: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        shape, dtype = self._latent_shape(call.batch), self.unet.dtype
+        return self.prepare_latents(shape, dtype, device, call["generator"], call["latents"])
+
+    def _on_step_end(self, call: Call, conditions: Conditions, timesteps: torch.Tensor) -> sampling.OnStepEnd | None:
+        names = call["callback_on_step_end_tensor_inputs"]
+        return sampling.step_end_callback(self, conditions, callback_for(call.arguments), names)
+
+    def _finish(self, call: Call, latents: torch.Tensor) -> Any:
+        """Pictures, or the latents left alone, in the form asked for."""
+        if call["output_type"] == "latent":
+            return latents
+        return pixels_to(self.decode_latents(latents, *call.batch.size), call["output_type"])
+
+    def _embeds_for(self, call: Call, device: torch.device) -> Conditions:
+        dtype = self.unet.dtype
+        return {name: call.batch.expand(rows.to(device, dtype), name) for name, rows in call.embeds.items()}
 
     def _load_image(self, image: Any, batch: Batch) -> torch.Tensor:
         """Pixels of the input picture, or its latents where such are given, after a check that they fit the batch."""
         if self._is_latents(image):
             check_shape(image[:1], (1, *self._latent_shape(batch)[1:]), "image")
         else:
-            image = pixels_from(image, *batch.size)
+            image = pixels_from(image, *batch.size, by_unit_range=self._image_by_unit_range)
         batch.expand(image, "image")
         return image
 
-    def _both(self, conditions: Conditions, name: str) -> torch.Tensor:
-        """A condition for the network: the unconditional half first, where there is guidance."""
-        if not self.do_classifier_free_guidance:
-            return conditions[name]
-        return torch.cat([conditions[f"negative_{name}"], conditions[name]])
+    def _halves(self, latents: torch.Tensor, conditions: Conditions) -> int:
+        """2 where the network runs with and without the conditions, for guidance."""
+        return 2 if self.do_classifier_free_guidance else 1
 
     def _unet_input(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scaled latents for each half; an inpainting UNet gets the known ones and the mask too, empty by default."""
-        sample = self.scheduler.scale_model_input(latents, timestep)
-        if self.unet.config.in_channels != latents.shape[1]:
-            known, keep_mask = conditions.get("masked_latents"), conditions.get("keep_mask")
+        scaled = self.scheduler.scale_model_input(latents, timestep)
+        sample = torch.cat([scaled] * self._halves(latents, conditions))
+        if self.unet.config.in_channels == 2 * latents.shape[1] + 1:
+            known, keep_mask = conditions.get("masked_image"), conditions.get("mask_image")
             if known is None or keep_mask is None:
-                known, keep_mask = torch.zeros_like(sample), torch.zeros_like(sample[:, :1])
+                known, keep_mask = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
+            known, keep_mask = (_repeated(part[-len(sample) :], len(sample)) for part in (known, keep_mask))
             sample = torch.cat([sample, known, keep_mask], dim=1)
-        return torch.cat([sample] * 2) if self.do_classifier_free_guidance else sample
+        return sample
 
-    def _combine(self, prediction: torch.Tensor, channels: int) -> torch.Tensor:
-        if self.do_classifier_free_guidance:
+    def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        channels = latents.shape[1]
+        if len(prediction) != len(latents):
             prediction = sampling.guide_keep_variance(prediction, self.guidance_scale, channels)
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
         return prediction if learned else prediction[:, :channels]
@@ -218,21 +282,40 @@ class DecoderMixin:
             latents,
             self.progress_bar(timesteps),
             predict=lambda x, t: self.predict_noise(x, t, conditions),
-            combine=lambda prediction: self._combine(prediction, latents.shape[1]),
+            combine=lambda prediction: self._combine(prediction, latents),
             step=lambda prediction, t, x: step(prediction, t, x).prev_sample,
             on_step_end=on_step_end,
         )
 
-    def _output(
-        self, images: Any, output_type: str, return_dict: bool, crop: Any = None
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Pixels (or latents, left alone) in the form asked for; a crop is put into the picture it comes from."""
-        self.maybe_free_model_hooks()
-        if output_type != "latent":
-            images = pixels_to(images, output_type)
-        if crop is not None:
-            images = [crop.paste(image) for image in images]
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+class Img2ImgMixin:
+    """Mixed in before a family's text-to-image pipeline: the start is a picture, noised as far as `strength` says."""
+
+    def _check(self, arguments: Mapping[str, Any]) -> Call:
+        call = super()._check(arguments)
+        check_strength(call["strength"])
+        return replace(call, source=self._load_image(call["image"], call.batch))
+
+    def _timesteps(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return start_at(self.scheduler, call["strength"])
+
+    def _start(
+        self, call: Call, conditions: Conditions, noise_timestep: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        image_latents = call.batch.expand(self.encode_pixels(call.source, device), "image")
+        return self.prepare_latents(
+            self._latent_shape(call.batch),
+            self.unet.dtype,
+            device,
+            call["generator"],
+            call["latents"],
+            image_latents,
+            noise_timestep,
+        )
+
+
+def _repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
+    return rows.repeat(count // len(rows), 1, 1, 1)
 
 
 def callback_for(arguments: Mapping[str, Any]) -> Callable[..., dict] | None:
@@ -246,11 +329,11 @@ def callback_for(arguments: Mapping[str, Any]) -> Callable[..., dict] | None:
         return arguments["callback_on_step_end"]
     if arguments["callback_on_step_end"] is not None:
         raise ValueError("`callback` and `callback_on_step_end` are both given; accepted is one of them.")
-    if not every or every < 1:
+    if every is not None and every < 1:
         raise ValueError(f"`callback_steps` is {every}; accepted is 1 or more.")
 
     def on_step_end(pipeline: Any, index: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
-        if index % every == 0:
+        if index % (every or 1) == 0:
             callback(index, timestep, tensors["latents"])
         return {}
 

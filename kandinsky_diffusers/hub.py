@@ -38,4 +38,11 @@ def render_card(name: str, facts: Mapping[str, Any]) -> str:
         autoescape=False,  # the cards are Markdown
     )
     dropped = {key: reason for model in facts["components"].values() for key, reason in model["dropped"].items()}
-    return environment.get_template(f"{name}.md").render(facts=facts, dropped=dropped)
+    loading = _loading_options(facts["options"]["variant"])
+    return environment.get_template(f"{name}.md").render(facts=facts, dropped=dropped, loading=loading)
+
+
+def _loading_options(variant: str | None) -> str:
+    """What the examples of a card pass to ``from_pretrained``."""
+    dtype = "bfloat16" if variant == "bf16" else "float16"
+    return f"torch_dtype=torch.{dtype}" + (f', variant="{variant}"' if variant else "")

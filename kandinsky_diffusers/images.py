@@ -34,7 +34,9 @@ def latent_size(height: int, width: int, scale_factor: int) -> tuple[int, int]:
     return tuple(-(-size // scale_factor**2) * scale_factor for size in (height, width))  # pyright: ignore
 
 
-def pixels_from(images: Images, height: int, width: int, name: str = "image") -> torch.Tensor:
+def pixels_from(
+    images: Images, height: int, width: int, name: str = "image", by_unit_range: bool = False
+) -> torch.Tensor:
     """Pictures as one float32 tensor `[batch, 3, height, width]` in [-1, 1].
 
     PIL pictures are resized with Pillow's bicubic filter and `reducing_gap=1` and made RGB, as the originals do
@@ -42,23 +44,35 @@ def pixels_from(images: Images, height: int, width: int, name: str = "image") ->
     of these; uint8 and floats above 1 count as 0..255, floats with negative values as [-1, 1], other floats as [0, 1].
     Arrays and tensors of another size are resized bicubically with antialiasing.
 
+    Args:
+        images: one or several.
+        height: in pixels.
+        width: in pixels.
+        name: of the argument, for errors.
+        by_unit_range: whether 0..255 is brought to [0, 1] first, as `VaeImageProcessor` does; last bits depend on it.
+
     Raises:
         TypeError: an item is none of these.
         ValueError: an array or tensor has another shape or other values, or the sequence is empty.
     """
-    return torch.cat([_pixels_of(image, height, width, name) for image in _as_list(images, name)])
+    return torch.cat([_pixels_of(image, height, width, name, by_unit_range) for image in _as_list(images, name)])
 
 
-def _pixels_of(image: Image, height: int, width: int, name: str) -> torch.Tensor:
+def _from_bytes(values: torch.Tensor, by_unit_range: bool) -> torch.Tensor:
+    return values / 255.0 * 2.0 - 1.0 if by_unit_range else values / 127.5 - 1.0
+
+
+def _pixels_of(image: Image, height: int, width: int, name: str, by_unit_range: bool) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
         resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC, reducing_gap=1).convert("RGB")
-        return torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2) / 127.5 - 1.0
+        values = torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2)
+        return _from_bytes(values, by_unit_range)
     pixels = _as_batch(image, channels=3, name=name)
     lowest, highest = float(pixels.min()), float(pixels.max())
     if not (lowest >= -1.0 and highest <= 255.0) or (lowest < 0.0 and highest > 1.0):
         raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [-1, 1], [0, 1] or 0..255.")
     if highest > 1.0 or not _is_floating(image):
-        pixels = pixels / 127.5 - 1.0
+        pixels = _from_bytes(pixels, by_unit_range)
     elif lowest >= 0.0:
         pixels = pixels * 2.0 - 1.0
     if pixels.shape[-2:] != (height, width):
@@ -66,22 +80,24 @@ def _pixels_of(image: Image, height: int, width: int, name: str) -> torch.Tensor
     return pixels
 
 
-def masks_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
-    """Masks as float32 tensors `[batch, 1, h, w]` of their own sizes, 1 where at least 0.5 (white) was given.
+def masks_from(masks: Images, size: tuple[int, int] | None = None, name: str = "mask_image") -> list[torch.Tensor]:
+    """Masks as float32 tensors `[batch, 1, h, w]`, 1 where at least 0.5 (white) was given.
 
-    PIL masks are made grey, boolean and uint8 ones scaled; arrays and tensors are `[h, w]`, `[1, h, w]`,
-    `[batch, h, w]` or `[batch, 1, h, w]`, arrays also with the channel last.
+    PIL masks are made grey and resized to `size` (height, width), if it is given, with Pillow's Lanczos filter, as
+    stock does. Arrays and tensors keep their sizes; they are `[h, w]`, `[1, h, w]`, `[batch, h, w]` or
+    `[batch, 1, h, w]`, arrays also with the channel last; boolean and uint8 ones are scaled.
 
     Raises:
         TypeError: an item is no picture, array or tensor.
         ValueError: shapes or values (outside [0, 1], or 0..255) are others.
     """
-    return [_mask_of(mask, name) for mask in _as_list(masks, name)]
+    return [_mask_of(mask, size, name) for mask in _as_list(masks, name)]
 
 
-def _mask_of(mask: Image, name: str) -> torch.Tensor:
+def _mask_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tensor:
     if isinstance(mask, PIL.Image.Image):
-        mask = np.array(mask.convert("L"))
+        height, width = size or (mask.height, mask.width)
+        mask = np.array(mask.resize((width, height), PIL.Image.Resampling.LANCZOS).convert("L"))
     values = _as_batch(mask, channels=1, name=name)
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0.0 and highest <= 255.0):  # written so that it catches NaN
@@ -110,6 +126,35 @@ def grow_repainted(keep_mask: torch.Tensor) -> torch.Tensor:
         top, left = max(-down, 0), max(-right, 0)
         grown = torch.maximum(grown, shifted[..., top : top + height, left : left + width])
     return 1.0 - grown
+
+
+def hints_from(hints: Images, height: int, width: int, name: str = "hint") -> torch.Tensor:
+    """Depth maps as float32 `[batch, 3, height, width]` in [0, 1].
+
+    Accepted is what [`pixels_from`] accepts, and maps of one channel: grey PIL pictures, `[h, w]`, `[h, w, 1]` or
+    `[1, h, w]`. Floats are taken as they are, and must lie in [0, 1]; bytes count to 255, larger integers to 65535.
+
+    Raises:
+        TypeError, ValueError: see [`pixels_from`].
+    """
+    return torch.cat([_hint_of(hint, height, width, name) for hint in _as_list(hints, name)])
+
+
+def _hint_of(hint: Image, height: int, width: int, name: str) -> torch.Tensor:
+    if isinstance(hint, PIL.Image.Image):
+        hint = np.array(hint if hint.mode.startswith(("I", "F")) else hint.convert("RGB"))
+    last_is_one = isinstance(hint, np.ndarray) and hint.shape[-1] == 1
+    single = hint.ndim < 3 or last_is_one or hint.shape[-3] == 1
+    values = _as_batch(hint, channels=1 if single else 3, name=name).expand(-1, 3, -1, -1)
+    if not _is_floating(hint):
+        kind = str(hint.dtype).removeprefix("torch.")
+        values = values / {"bool": 1.0, "uint8": 255.0}.get(kind, 65535.0)
+    lowest, highest = float(values.min()), float(values.max())
+    if not (lowest >= 0.0 and highest <= 1.0):
+        raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [0, 1], or integers.")
+    if values.shape[-2:] != (height, width):
+        values = F.interpolate(values, (height, width), mode="bilinear", antialias=True)
+    return values
 
 
 def pad_to(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -154,7 +199,7 @@ def _as_batch(image: np.ndarray | torch.Tensor, channels: int, name: str) -> tor
     shape = tuple(image.shape)
     batch = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
     if isinstance(image, np.ndarray) and batch.ndim >= 3 and batch.shape[-1] == channels:
-        batch = batch.movedim(-1, -3)
+        batch = (batch[None] if batch.ndim == 3 else batch).movedim(-1, -3)
     if channels == 1 and batch.ndim == 2:
         batch = batch[None]
     if batch.ndim == 3:

@@ -36,22 +36,22 @@ def as_negatives(negative: Any, count: int, name: str = "negative_prompt") -> li
     return negatives * count if len(negatives) == 1 else negatives
 
 
-def as_rows(embeds: Any, name: str) -> torch.Tensor:
+def as_rows(embeds: Any, width: int, name: str) -> torch.Tensor:
     """Embeddings `[rows, width]` from a tensor or a list of tensors.
 
     Raises:
         TypeError: it is neither.
-        ValueError: there are none, or they have another number of dimensions.
+        ValueError: there are none, or they have another number of dimensions or another width.
     """
     if embeds is None:
         raise ValueError(f"`{name}` is missing; the prior pipeline makes it, or use the combined pipeline.")
-    if isinstance(embeds, (list, tuple)) and embeds and all(isinstance(item, torch.Tensor) for item in embeds):
-        embeds = torch.cat([item if item.ndim > 1 else item[None] for item in embeds])
-    if not isinstance(embeds, torch.Tensor):
-        raise TypeError(f"`{name}` is a {type(embeds).__name__}; accepted is a tensor or a list of tensors.")
-    if embeds.ndim != 2:
-        raise ValueError(f"`{name}` has the shape {list(embeds.shape)}; accepted is [rows, width].")
-    return embeds
+    items: list[Any] = list(embeds) if isinstance(embeds, (list, tuple)) and embeds else [embeds]
+    for item in items:
+        if not isinstance(item, torch.Tensor):
+            raise TypeError(f"`{name}` is or has a {type(item).__name__}; accepted is a tensor or a list of tensors.")
+        if item.ndim not in (1, 2) or item.shape[-1] != width:
+            raise ValueError(f"`{name}` has the shape {list(item.shape)}; accepted is [rows, {width}].")
+    return torch.cat([item if item.ndim == 2 else item[None] for item in items])
 
 
 def expand(rows: torch.Tensor, prompts: int, images: int, name: str) -> torch.Tensor:
@@ -72,6 +72,26 @@ def expand(rows: torch.Tensor, prompts: int, images: int, name: str) -> torch.Te
     return rows.repeat_interleave(images // len(rows), dim=0)
 
 
+def as_weights(weights: Any, count: int) -> list[list[float]]:
+    """Weights of `count` things to mix: one list of them, or a list of such lists for a series.
+
+    Raises:
+        TypeError: it is no list.
+        ValueError: there are none, or a list has another length.
+    """
+    if not isinstance(weights, (list, tuple)) and not hasattr(weights, "tolist"):
+        raise TypeError(f"`weights` is {weights!r}; accepted is a list of numbers, or a list of such lists.")
+    rows = weights.tolist() if hasattr(weights, "tolist") else list(weights)
+    series = [list(row) for row in rows] if rows and isinstance(rows[0], (list, tuple)) else [rows]
+    for row in series:
+        if len(row) != count or not row:
+            raise ValueError(
+                f"`weights` has {len(row)} items; accepted is one for each of {count} in `images_and_prompts`, at"
+                " least one."
+            )
+    return series
+
+
 def count_images(prompts: int, images_per_prompt: int, rows: int) -> int:
     """Number of images for so many prompts and rows of embeddings; one prompt serves any number of rows."""
     if prompts == 1 and rows not in (1, images_per_prompt):
@@ -84,14 +104,19 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"`{name}` is {value!r}; accepted is a positive int.")
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; accepted is 1 or more.")
+        check_at_least(name, value, 1)
 
 
 def check_at_most(name: str, value: int, limit: int) -> None:
     """Raises ValueError where `value` is above `limit`."""
     if value > limit:
         raise ValueError(f"`{name}` is {value}; accepted is up to {limit}.")
+
+
+def check_at_least(name: str, value: int, limit: int) -> None:
+    """Raises ValueError where `value` is below `limit`."""
+    if value < limit:
+        raise ValueError(f"`{name}` is {value}; accepted is {limit} or more.")
 
 
 def check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:

@@ -93,7 +93,7 @@ class MoVQ(SavedAsStock, VQModel):
 
     @property
     def _scale(self) -> int:
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return pixels_per_latent(self)
 
     def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         if not self.use_slicing or len(batch) == 1:
@@ -154,6 +154,11 @@ class MoVQ(SavedAsStock, VQModel):
         quantized = pixels + (chosen - pixels).detach()  # gradients pass straight through
         batch, channels, height, width = latents.shape
         return quantized.view(batch, height, width, channels).permute(0, 3, 1, 2).contiguous(), loss
+
+
+def pixels_per_latent(movq: VQModel | None) -> int:
+    """Side of a latent pixel in pixels; 8, as published, for a pipeline that was built without a MoVQ."""
+    return 8 if movq is None else 2 ** (len(movq.config.block_out_channels) - 1)
 
 
 def _fade(before: torch.Tensor, tile: torch.Tensor, extent: int, dim: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
-from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
@@ -29,9 +29,11 @@ class KandinskyPipelineMixin:
     """
 
     _exact_reference = False
+    _float64_schedulers: tuple[str, ...] = ()  # components for which a scheduler of ours replaces the stock one
 
     def __setattr__(self, name: str, value: Any) -> None:
-        value = adopt(value)
+        if name in self._float64_schedulers or not isinstance(value, SchedulerMixin):
+            value = adopt(value)
         if isinstance(value, UNet2DConditionModel):
             use_dispatched_attention(value)
         super().__setattr__(name, value)

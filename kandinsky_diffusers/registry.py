@@ -10,9 +10,10 @@ from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import diffusers
+from diffusers.models.unets import unet_2d_condition
 from packaging.specifiers import SpecifierSet
 
-from . import k21, movq, prior, schedulers
+from . import attention, k21, k22, movq, prior, schedulers
 
 
 SUPPORTED_DIFFUSERS = SpecifierSet(">=0.42,<0.43")
@@ -27,10 +28,23 @@ FAMILIES: dict[str, dict[str, tuple[type, type | None]]] = {
         "image2image": (k21.KandinskyImg2ImgCombinedPipeline, k21.KandinskyImg2ImgPipeline),
         "inpainting": (k21.KandinskyInpaintCombinedPipeline, k21.KandinskyInpaintPipeline),
     },
+    "kandinsky22": {
+        "text2image": (k22.KandinskyV22CombinedPipeline, k22.KandinskyV22Pipeline),
+        "image2image": (k22.KandinskyV22Img2ImgCombinedPipeline, k22.KandinskyV22Img2ImgPipeline),
+        "inpainting": (k22.KandinskyV22InpaintCombinedPipeline, k22.KandinskyV22InpaintPipeline),
+    },
+    "kandinsky22-controlnet": {
+        "text2image": (k22.KandinskyV22ControlnetCombinedPipeline, k22.KandinskyV22ControlnetPipeline),
+        "image2image": (k22.KandinskyV22ControlnetImg2ImgCombinedPipeline, k22.KandinskyV22ControlnetImg2ImgPipeline),
+    },
 }
 
 # Pipelines that no AutoPipeline finds.
-OTHER_PIPELINES: tuple[type, ...] = (k21.KandinskyPriorPipeline,)
+OTHER_PIPELINES: tuple[type, ...] = (
+    k21.KandinskyPriorPipeline,
+    k22.KandinskyV22PriorPipeline,
+    k22.KandinskyV22PriorEmb2EmbPipeline,
+)
 
 COMPONENTS: tuple[type, ...] = (
     movq.MoVQ,
@@ -59,6 +73,9 @@ def register() -> None:
         return
     _check_version()
     tables, loadable, importable = _private_parts()
+    # so that `set_default_attn_processor` of a UNet knows the processors that our pipelines put into it
+    processors = (*unet_2d_condition.ADDED_KV_ATTENTION_PROCESSORS, attention.DispatchedAttnAddedKVProcessor)
+    _put(unet_2d_condition.__dict__, "ADDED_KV_ATTENTION_PROCESSORS", processors)
     for key, family in FAMILIES.items():
         for task, (pipeline, decoder) in family.items():
             for table, cls in zip(tables[task], (pipeline, decoder), strict=True):

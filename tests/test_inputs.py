@@ -63,7 +63,7 @@ def test_wrong_texts_are_named(check: Callable[[], Any], error: type[Exception],
 def test_embeddings_may_be_a_tensor_or_a_list_of_rows_and_of_blocks_of_rows() -> None:
     rows = torch.arange(12.0).view(3, 4)
     for given_as in (rows, [rows[0], rows[1], rows[2]], (rows[:1], rows[1:]), [rows[0], rows[1:]]):
-        assert torch.equal(inputs.as_rows(given_as, "image_embeds"), rows)
+        assert torch.equal(inputs.as_rows(given_as, 4, "image_embeds"), rows)
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,14 @@ def test_embeddings_may_be_a_tensor_or_a_list_of_rows_and_of_blocks_of_rows() ->
         ([], TypeError),
         ("cat", TypeError),
         ([1.0, 2.0], TypeError),
-        (torch.zeros(4), ValueError),
         (torch.zeros(1, 2, 4), ValueError),
+        (torch.zeros(2, 5), ValueError),
+        ([torch.zeros(2, 4), torch.zeros(1, 5)], ValueError),
     ],
 )
 def test_wrong_embeddings_are_named(embeds: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="`image_embeds`"):
-        inputs.as_rows(embeds, "image_embeds")
+        inputs.as_rows(embeds, 4, "image_embeds")
 
 
 @given(prompts=st.integers(1, 5), each=st.integers(1, 4), data=st.data())

@@ -52,6 +52,7 @@ def convert(
     original_config: str | Path | Mapping[str, Any] | None = None,
     clip: str | Path = "openai/clip-vit-large-patch14",
     drop: Sequence[str] = (),
+    layout: str = "split",
     overwrite: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
@@ -70,6 +71,8 @@ def convert(
         original_config: the original's configuration, as JSON file or read, for what shapes cannot tell.
         clip: folder or Hub id of the ``CLIPModel`` that the release needs.
         drop: glob patterns of keys to leave out.
+        layout: ``split`` writes one repository for the prior and one for each decoder; ``combined`` puts the prior
+            into each decoder's, which then needs no other.
         overwrite: whether to replace repositories that are there.
         verify: whether to read everything back, compare it with the source, and run each repository once.
         progress: makes progress bars; called with tqdm's arguments, ``tqdm.tqdm`` itself for example.
@@ -81,10 +84,11 @@ def convert(
     options = Output(dtype, variant, parse_size(max_shard_size), progress)
     config = read_config(original_config)
     folder = find_folder(source, "source")
-    release = choose_release(folder, version)
-    repos, skipped = choose_repos(release, folder)
-    check_free(output, [repo.name for repo in repos], overwrite, folder)
-    inputs = _open(release, repos, folder, {"clip": clip}, config)
+    release = choose_release(folder, version, layout)
+    folders = dict(release.roots(folder))
+    repos, skipped = choose_repos(release, folders)
+    check_free(output, [repo.name for repo in repos], overwrite, folders.values())
+    inputs = _open(release, repos, folders, {"clip": clip}, config)
     plans = {plan.component: plan for plan in plan_models(_models(repos), inputs, drop)}
     try:
         with Staging(output) as staging, _Hashes(inputs) as hashes:
@@ -104,13 +108,12 @@ def convert(
 def _open(
     release: Release,
     repos: Sequence[Repo],
-    folder: Path,
+    folders: dict[str, Path],
     companions: Mapping[str, str | Path],
     config: Mapping[str, Any],
 ) -> Inputs:
     names = list(dict.fromkeys(part.file for model in _models(repos) for part in model.parts))
-    folders = {"release": folder}
-    for root in {release.file(name).root for name in names} - {"release"}:
+    for root in ({release.file(name).root for name in names} & companions.keys()) - folders.keys():
         folders[root] = find_folder(companions[root], root, COMPANION_FILES)
     inputs = Inputs(folders, open_files(release, names, folders), config)
     for component in dict.fromkeys(c for repo in repos for c in repo.components if isinstance(c, FilesComponent)):
@@ -136,18 +139,19 @@ class _Hashes:
 
     def __enter__(self) -> _Hashes:
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._futures: dict[str, Future[str]] = {
-            name: self._pool.submit(_checked_sha256, file.path) for name, file in self._inputs.files.items()
+        self._futures: dict[str, dict[Path, Future[str]]] = {
+            name: {path: self._pool.submit(_checked_sha256, path) for path in file.paths}
+            for name, file in self._inputs.files.items()
         }
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def result(self) -> dict[str, SourceRecord]:
+    def result(self) -> dict[str, list[SourceRecord]]:
         return {
-            name: SourceRecord(self._inputs.files[name].path, future.result())
-            for name, future in self._futures.items()
+            name: [SourceRecord(path, future.result()) for path, future in futures.items()]
+            for name, futures in self._futures.items()
         }
 
 

@@ -66,11 +66,17 @@ def _name_class(path: Path, class_name: str) -> None:
         write_json(path, {**config, "tokenizer_class": class_name})
 
 
-def copy_clip_image_processor(inputs: Inputs, target: Path, *, root: str) -> None:
+def image_processor_check(inputs: Inputs, *, root: str, folder: str) -> None:
+    """Raises:
+    ConversionError: the folder holds no image processor.
+    """
+    if not inputs.json(root, str(Path(folder, "preprocessor_config.json"))):
+        raise ConversionError(f"{inputs.folders[root] / folder} has no preprocessor_config.json.")
+
+
+def copy_clip_image_processor(inputs: Inputs, target: Path, *, root: str, folder: str) -> None:
     """Write the image processor of a CLIP folder under the name that every version of transformers knows."""
-    config = inputs.json(root, "preprocessor_config.json")
-    if not config:
-        raise ConversionError(f"{inputs.folders[root]} has no preprocessor_config.json.")
+    config = inputs.json(root, str(Path(folder, "preprocessor_config.json")))
     config.pop("feature_extractor_type", None)
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "preprocessor_config.json", {**config, "image_processor_type": "CLIPImageProcessor"})

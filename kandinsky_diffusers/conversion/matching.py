@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -42,7 +42,7 @@ class Plan:
         steps: how the model's tensors are made, in the order of the source file.
         dropped: the keys that are left out, each with the reason.
         elsewhere: the keys that belong to another model.
-        table: the rules that say so.
+        table: the rules that say so, without those that nothing matched.
     """
 
     steps: tuple[Step, ...]
@@ -92,7 +92,7 @@ def match(
     if expected is not None:
         matcher.compare(expected, excused)
     matcher.raise_problems(title)
-    return Plan(tuple(matcher.steps), matcher.dropped, tuple(matcher.elsewhere), table)
+    return Plan(tuple(matcher.steps), matcher.dropped, tuple(matcher.elsewhere), matcher.used_table)
 
 
 class _Matcher:
@@ -113,14 +113,17 @@ class _Matcher:
 
     def assign_keys(self) -> None:
         drops = [(Template(drop.source, self._table.paths), drop.reason) for drop in self._table.drops]
-        others = [Template(text, self._table.paths) for text in self._table.elsewhere]
+        foreign = [Template(text, self._table.paths) for text in self._table.elsewhere]
         for key in self._shapes:
             if key in self.dropped:
                 continue
-            homes = [*self._rules_for(key)]
+            homes = self._rules_for(key)
             reasons = [reason for template, reason in drops if template.match(key) is not None]
-            elsewhere = [template for template in others if template.match(key) is not None]
-            if len(homes) + len(reasons) + len(elsewhere) > 1:
+            elsewhere = [template for template in foreign if template.match(key) is not None]
+            others = len(reasons) + len(elsewhere)
+            special = [home for home in homes if not self._table.rules[home[0]].takes_the_rest]
+            homes = special or ([] if others else homes)
+            if len(homes) + others > 1:
                 self._problem("matched by several rules", key)
             elif reasons:
                 self.dropped[key] = reasons[0]
@@ -132,11 +135,19 @@ class _Matcher:
             else:
                 self._problem("unknown, no rule says what becomes of it (--drop KEY leaves it out)", key)
 
-    def _rules_for(self, key: str) -> Iterable[tuple[int, int, dict[str, str]]]:
-        for number, templates in enumerate(self._templates):
-            for position, template in enumerate(templates):
-                if (values := template.match(key)) is not None:
-                    yield number, position, values
+    def _rules_for(self, key: str) -> list[tuple[int, int, dict[str, str]]]:
+        return [
+            (number, position, values)
+            for number, templates in enumerate(self._templates)
+            for position, template in enumerate(templates)
+            if (values := template.match(key)) is not None
+        ]
+
+    @property
+    def used_table(self) -> RuleTable:
+        used = {number for number, _ in self._groups}
+        rules = (rule for number, rule in enumerate(self._table.rules) if number in used)
+        return replace(self._table, rules=tuple(rules))
 
     def make_steps(self) -> None:
         used = set()
@@ -183,7 +194,8 @@ class _Matcher:
                 if target in made:
                     self._problem(f"made twice, from {step.sources} and {made[target].sources}", target)
                 elif target not in expected:
-                    self._problem("made for nothing, the model does not have it", f"{target} (from {step.sources[0]})")
+                    kind = "made for nothing, the model does not have it (--drop KEY leaves it out)"
+                    self._problem(kind, _derived(target, step.sources[0]))
                 elif tuple(expected[target]) != shape:
                     wanted = f"{list(shape)}, the model has {list(expected[target])}"
                     self._problem("of another shape than in the model", f"{', '.join(step.sources)} ({wanted})")
@@ -206,7 +218,8 @@ class _Matcher:
             for text in rule.targets:
                 back = Template(text, self._table.inverse.paths)
                 if (values := back.match(target)) is not None:
-                    return f"{', '.join(back.fill(source, values) for source in rule.sources)} (for {target})"
+                    sources = ", ".join(back.fill(source, values) for source in rule.sources)
+                    return sources if sources == target else f"{sources} (for {target})"
         return target
 
     def _problem(self, kind: str, *keys: str) -> None:
@@ -219,6 +232,10 @@ class _Matcher:
         for kind, keys in self._problems.items():
             lines += [f"  {_count(keys)} {kind}:", *(f"    {key}" for key in _sample(keys))]
         raise ConversionError("\n".join(lines))
+
+
+def _derived(target: str, source: str) -> str:
+    return target if target == source else f"{target} (from {source})"
 
 
 def _count(keys: Sequence[str]) -> str:

@@ -43,20 +43,21 @@ def plan_model(component: ModelComponent, inputs: Inputs, drop: Sequence[str] = 
     present = [part for part in component.parts if part.file in inputs.files]
     absent = [part for part in component.parts if part.file not in inputs.files]
     shapes = _merge(component, inputs)
-    title = f"{' and '.join(inputs.files[part.file].path.name for part in present)} -> {component.class_name}"
+    title = f"{' and '.join(inputs.label(part.file) for part in present)} -> {component.class_name}"
     main = component.parts[0]
-    config, model, expected = {}, None, None
-    if main in present:
-        config = _configure(component, inputs, title)
+    config = _configure(component, inputs, title) if main in present else None
+    model, expected = None, None
+    if config is not None:
         model = build_on_meta(component, config, title)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    tables = {part: part.rules(config) for part in component.parts if part in present or config}
+    tables = {part: part.rules(config or {}) for part in component.parts if part in present or config is not None}
     table = sum((tables[part] for part in present), RuleTable())
     rest = sum((tables[part] for part in absent if part in tables), RuleTable())
     plan = match(table, shapes, expected, drop=drop, excused=rest.produces, title=title)
-    return ModelPlan(
-        component, tuple(part.file for part in present), config, plan, model, _notes([p.file for p in absent])
-    )
+    notes = [f"{part.file} is not there, its tensors were not checked" for part in absent]
+    if config is None and main in present:
+        notes.append("without the configuration beside it, keys and shapes were not compared with a model")
+    return ModelPlan(component, tuple(part.file for part in present), config or {}, plan, model, tuple(notes))
 
 
 def plan_all(release: Release, inputs: Inputs, drop: Sequence[str] = ()) -> list[ModelPlan]:
@@ -99,7 +100,7 @@ def build_on_meta(component: ModelComponent, config: dict[str, Any], title: str)
     try:
         with torch.device("meta"):
             return cls(cls.config_class(**config)) if getattr(cls, "config_class", None) else cls.from_config(config)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ConversionError(f"{title}: the sizes {config} do not make a model: {error}") from error
 
 
@@ -113,17 +114,13 @@ def _merge(component: ModelComponent, inputs: Inputs) -> Shapes:
     return merged
 
 
-def _configure(component: ModelComponent, inputs: Inputs, title: str) -> dict[str, Any]:
+def _configure(component: ModelComponent, inputs: Inputs, title: str) -> dict[str, Any] | None:
     try:
         return component.configure(inputs.files[component.parts[0].file].shapes, inputs)
     except ConversionError as error:
         raise ConversionError(f"{title}: {error}") from error
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{title}: the shapes do not tell the sizes of the model: {error}") from error
-
-
-def _notes(absent: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{name} is not there, its tensors were not checked" for name in absent)
 
 
 def _idle_patterns(inputs: Inputs, drop: Sequence[str]) -> list[str]:

@@ -52,6 +52,7 @@ def plan_source(
     original_config: str | Path | Mapping[str, Any] | None = None,
     clip: str | Path | None = None,
     drop: Sequence[str] = (),
+    layout: str = "split",
 ) -> tuple[Found, list[ModelPlan]]:
     """Plan what lies at ``source``: a release, a folder of inventories, or a single file of either kind.
 
@@ -60,7 +61,7 @@ def plan_source(
     Raises:
         ConversionError: nothing is recognised, or something does not add up.
     """
-    found = find_for_planning(Path(source), version, clip, read_config(original_config))
+    found = find_for_planning(Path(source), version, clip, read_config(original_config), layout)
     return found, plan_all(found.release, found.inputs, drop)
 
 

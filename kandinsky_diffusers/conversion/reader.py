@@ -46,6 +46,11 @@ class WeightFile:
         self._tensors = tensors
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that it consists of."""
+        return (self.path,)
+
+    @property
     def shapes(self) -> dict[str, Shape]:
         """Key to shape; what is not a tensor counts as a scalar."""
         return {key: tuple(getattr(value, "shape", ())) for key, value in self._tensors.items()}
@@ -88,6 +93,54 @@ class SafetensorsFile(WeightFile):
         return self._file.get_tensor(key)
 
 
+class ShardedFile(WeightFile):
+    """Named tensors of several files, which an index (``model.safetensors.index.json`` and the like) lists."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, {})
+        listed = _read_index(path)
+        self._shards = [open_weights(path.parent / name) for name in sorted(set(listed.values()))]
+        self._homes: dict[str, WeightFile] = {}
+        for shard in self._shards:
+            if twice := self._homes.keys() & shard.shapes.keys():
+                raise ConversionError(f"{sorted(twice)[0]} is in several of the files that {path} lists.")
+            self._homes |= dict.fromkeys(shard.shapes, shard)
+        for key, name in listed.items():
+            if key not in self._homes or self._homes[key].path.name != name:
+                raise ConversionError(f"{path} says that {key} is in {name}, which it is not.")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The index and the files that it lists."""
+        return (self.path, *(path for shard in self._shards for path in shard.paths))
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Key to shape."""
+        return {key: shape for shard in self._shards for key, shape in shard.shapes.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Key to the dtype's name, such as ``float16``."""
+        return {key: dtype for shard in self._shards for key, dtype in shard.dtypes.items()}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor called ``key``."""
+        return self._homes[key].tensor(key)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        shards = {name: path.parent / name for name in listed.values() if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f'{path} is not an index, a JSON object with a "weight_map": {error!r}') from error
+    for name in listed.values():
+        if name not in shards or not shards[name].is_file():
+            raise ConversionError(f"{path} lists {name!r}, which is not a file beside it.")
+    return listed
+
+
 class InventoryFile(WeightFile):
     """Only the keys and shapes of a file, from JSON: ``{"tensors": {"key": [4, 3], ...}}``, gzipped or not."""
 
@@ -120,7 +173,7 @@ class InventoryFile(WeightFile):
 
 
 def open_weights(path: Path, names: Names = ()) -> WeightFile:
-    """Open a weight file (PyTorch or safetensors) or an inventory (``.json``, ``.json.gz``).
+    """Open a weight file (PyTorch or safetensors), the index of a sharded one, or an inventory (``.json[.gz]``).
 
     Args:
         path: the file.
@@ -129,6 +182,8 @@ def open_weights(path: Path, names: Names = ()) -> WeightFile:
     Raises:
         ConversionError: the file is truncated, damaged, no weight file, or holds pickled objects that are not data.
     """
+    if is_index(path):
+        return ShardedFile(path)
     if is_inventory(path):
         return InventoryFile(path)
     if path.suffix == ".safetensors":
@@ -140,7 +195,12 @@ def open_weights(path: Path, names: Names = ()) -> WeightFile:
 
 def is_inventory(path: Path) -> bool:
     """Whether ``path`` is named like an inventory."""
-    return path.name.endswith((".json", ".json.gz"))
+    return path.name.endswith((".json", ".json.gz")) and not is_index(path)
+
+
+def is_index(path: Path) -> bool:
+    """Whether ``path`` is named like the index of a sharded file."""
+    return re.search(r"\.(safetensors|bin)\.index(\.\w+)?\.json$", path.name) is not None
 
 
 def dtype_name(code: str) -> str:
@@ -177,7 +237,7 @@ def check_zip(path: Path) -> None:
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise _damaged(path, error) from error
     if broken is not None:
-        raise ConversionError(f"{path.name} is damaged: {broken} in it does not have the checksum stored with it.")
+        raise ConversionError(f"{path} is damaged: {broken} in it does not have the checksum stored with it.")
 
 
 def _load_torch(path: Path) -> Any:
@@ -209,7 +269,7 @@ def _not_only_data(path: Path, error: pickle.UnpicklingError) -> ConversionError
     if named is None:
         return _damaged(path, error)
     return ConversionError(
-        f"{path.name} holds the pickled object {named[1]}, which is not data. Reading it could run foreign code, so "
+        f"{path} holds the pickled object {named[1]}, which is not data. Reading it could run foreign code, so "
         "it was not read. Get the file from its publisher again."
     )
 
@@ -217,7 +277,7 @@ def _not_only_data(path: Path, error: pickle.UnpicklingError) -> ConversionError
 def _damaged(path: Path, error: Exception) -> ConversionError:
     reason = str(error).strip().partition("\n")[0]
     return ConversionError(
-        f"{path.name} ({path.stat().st_size} bytes) is truncated, damaged or not a weight file: {reason}"
+        f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not a weight file: {reason}"
     )
 
 

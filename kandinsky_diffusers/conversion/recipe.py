@@ -30,7 +30,7 @@ class SourceFile:
         name: how components refer to it.
         paths: where it may lie, below ``root``; the first that exists is taken.
         recognises: tells from keys and shapes whether a file is this one.
-        root: ``"release"``, or the name of another folder that the user gives.
+        root: ``"release"``, or the name of another folder, see :class:`Release`.
         names: names of the tensors, for a file that holds them without.
     """
 
@@ -69,6 +69,13 @@ class Inputs:
         except ValueError as error:
             raise ConversionError(f"{file} is not valid JSON: {error}") from error
 
+    def label(self, name: str) -> str:
+        """How messages call the file ``name``: its path in the release, or its file name."""
+        path, release = self.files[name].path, self.folders.get("release")
+        if release is None or not path.is_relative_to(release):
+            return path.name
+        return path.relative_to(release).as_posix()
+
     def setting(self, path: str, default: Any) -> Any:
         """An entry of the original configuration, by a dotted path, or ``default``."""
         node: Any = self.original_config
@@ -101,6 +108,10 @@ class Component:
         module = import_module(folder if find_spec(folder) else self.library)
         return getattr(module, self.class_name)
 
+    def entry(self, inputs: Inputs) -> list[str]:
+        """Library and class, as ``model_index.json`` has them."""
+        return [self.library, self.class_name]
+
 
 @dataclass(frozen=True, eq=False)
 class ModelComponent(Component):
@@ -108,12 +119,13 @@ class ModelComponent(Component):
 
     Args:
         parts: its files; the first one tells the configuration.
-        configure: the model's configuration from the shapes of the first part and the other inputs.
+        configure: the model's configuration from the shapes of the first part and the other inputs; None where the
+            file that tells it is not among them.
         keep_float32: whether a ``variant`` leaves this model in float32.
     """
 
     parts: tuple[Part, ...] = ()
-    configure: Callable[[Shapes, Inputs], dict[str, Any]] = lambda shapes, inputs: {}
+    configure: Callable[[Shapes, Inputs], dict[str, Any] | None] = lambda shapes, inputs: {}
     keep_float32: bool = False
 
 
@@ -131,15 +143,38 @@ class ConfigComponent(Component):
 
 @dataclass(frozen=True, eq=False)
 class FilesComponent(Component):
-    """Small files that are copied or adapted: tokenizers, image processors.
+    """Small files that are copied or adapted: tokenizers, image processors, configurations.
 
     Args:
         write: fills the folder.
         check: raises :class:`ConversionError` when the files it needs are not there.
+        named: the class, where the files tell it.
     """
 
     write: Callable[[Inputs, Path], None] = lambda inputs, folder: None
     check: Callable[[Inputs], None] = lambda inputs: None
+    named: Callable[[Inputs], str] | None = None
+
+    def entry(self, inputs: Inputs) -> list[str]:
+        """Library and class, as ``model_index.json`` has them."""
+        return [self.library, self.named(inputs) if self.named else self.class_name]
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """How a repository takes in another one, in the layout ``combined``.
+
+    Args:
+        repo: the name of the other.
+        prefix: put before the names of its components.
+        pipeline: class name of the pipeline that has the components of both.
+        smoke: runs that pipeline once.
+    """
+
+    repo: str
+    prefix: str
+    pipeline: str
+    smoke: Callable[[Any], Sequence[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +188,7 @@ class Repo:
         components: what ``model_index.json`` lists.
         smoke: runs the loaded pipeline once, as small as possible, and returns the resulting tensors or arrays.
         extras: folders that it does not list.
+        joined: the repository without which this one is of no use, if there is such a one.
     """
 
     name: str
@@ -161,6 +197,7 @@ class Repo:
     components: tuple[Component, ...]
     smoke: Callable[[Any], Sequence[Any]]
     extras: tuple[Component, ...] = ()
+    joined: Joined | None = None
 
     @property
     def models(self) -> list[ModelComponent]:
@@ -177,12 +214,16 @@ class Release:
         title: for messages and cards.
         files: its weight files.
         repos: what is made from them.
+        roots: the folders that the files lie in, from the folder that the user gives; ``"release"`` is that folder.
+        layout: ``split``, or ``combined``; see :mod:`.layout`.
     """
 
     version: str
     title: str
     files: tuple[SourceFile, ...]
     repos: tuple[Repo, ...]
+    roots: Callable[[Path], Mapping[str, Path]] = lambda folder: {"release": folder}
+    layout: str = "split"
 
     def file(self, name: str) -> SourceFile:
         """The source file called ``name``."""

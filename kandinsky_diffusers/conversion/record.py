@@ -29,14 +29,15 @@ class Record:
 
     Args:
         release: what was converted.
-        sources: per file name of the release its published path, size and SHA-256.
+        sources: per file name of the release, what it consists of (one file, or the parts of a sharded one), each
+            with its path, size and SHA-256.
         models: per model what it was made from.
         options: how it was written.
         dropped: source file, key and reason of all tensors that were left out.
     """
 
     release: Release
-    sources: Mapping[str, dict[str, Any]]
+    sources: Mapping[str, dict[str, dict[str, Any]]]
     models: Mapping[ModelComponent, dict[str, Any]]
     options: dict[str, Any]
     dropped: list[tuple[str, str, str]]
@@ -48,18 +49,10 @@ class Record:
         inputs: Inputs,
         plans: Mapping[ModelComponent, ModelPlan],
         output: Output,
-        hashes: Mapping[str, SourceRecord],
+        hashes: Mapping[str, list[SourceRecord]],
     ) -> Record:
         """Collect the facts."""
-        sources = {
-            name: {
-                "file": found.path.relative_to(inputs.folders[release.file(name).root]).as_posix(),
-                "folder": release.file(name).root,
-                "bytes": found.path.stat().st_size,
-                "sha256": found.sha256,
-            }
-            for name, found in hashes.items()
-        }
+        sources = {name: _described(name, found, release.file(name).root, inputs) for name, found in hashes.items()}
         models = {
             component: {
                 "class": component.class_name,
@@ -70,7 +63,7 @@ class Record:
             }
             for component, plan in plans.items()
         }
-        options = {"dtype": output.dtype, "variant": output.variant}
+        options = {"dtype": output.dtype, "variant": output.variant, "layout": release.layout}
         return cls(release, sources, models, options, _dropped(plans, inputs))
 
     def of_repo(self, repo: Repo, check: dict[str, Any] | None) -> dict[str, Any]:
@@ -86,10 +79,23 @@ class Record:
             "version": self.release.version,
             "repository": repo.name,
             "options": self.options,
-            "sources": {name: self.sources[name] for name in used},
+            "sources": {label: facts for name in used for label, facts in self.sources[name].items()},
             "components": models,
             "verification": check,
         }
+
+
+def _described(name: str, found: list[SourceRecord], root: str, inputs: Inputs) -> dict[str, dict[str, Any]]:
+    labels = [name] if len(found) == 1 else [f"{name} {number} of {len(found)}" for number in range(1, len(found) + 1)]
+    return {
+        label: {
+            "file": record.path.relative_to(inputs.folders[root]).as_posix(),
+            "folder": root,
+            "bytes": record.path.stat().st_size,
+            "sha256": record.sha256,
+        }
+        for label, record in zip(labels, found, strict=True)
+    }
 
 
 def write_card(place: Path, repo: Repo, record: Record, check: dict[str, Any] | None) -> None:
@@ -102,6 +108,6 @@ def write_card(place: Path, repo: Repo, record: Record, check: dict[str, Any] | 
 def _dropped(plans: Mapping[ModelComponent, ModelPlan], inputs: Inputs) -> list[tuple[str, str, str]]:
     found = []
     for plan in plans.values():
-        owners = {key: inputs.files[name].path.name for name in plan.files for key in inputs.files[name].shapes}
+        owners = {key: inputs.label(name) for name in plan.files for key in inputs.files[name].shapes}
         found += [(owners[key], key, reason) for key, reason in plan.plan.dropped.items()]
     return list(dict.fromkeys(found))

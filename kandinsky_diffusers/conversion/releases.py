@@ -11,10 +11,11 @@ from importlib import import_module
 from pathlib import Path
 
 from .errors import ConversionError
+from .hub_source import find_pipelines
 from .recipe import Release
 
 
-CONVERTIBLE = {"2.1": "kandinsky_diffusers.k21.variants"}
+CONVERTIBLE = {"2.1": "kandinsky_diffusers.k21.variants", "2.2": "kandinsky_diffusers.k22.variants"}
 
 PUBLISHED_FILES = {
     "2.0": ("Kandinsky-2-0.pt", "Kandinsky-2-0-inpainting.pt", "vae.ckpt", "text_encoder1", "text_encoder2"),
@@ -23,6 +24,9 @@ PUBLISHED_FILES = {
     "3.0": ("weights/kandinsky3.pt", "weights/kandinsky3_inpainting.pt", "weights/movq.pt"),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
 }
+
+# releases that were published as repositories in the Hub's format, by how the names of their pipelines begin
+PUBLISHED_PIPELINES = {"2.2": "KandinskyV22"}
 
 
 def release(version: str) -> Release:
@@ -43,7 +47,12 @@ def releases() -> Iterable[Release]:
 
 
 def guess_version(folder: Path) -> str | None:
-    """The version whose published files the folder holds most of, or None."""
+    """The version whose published files the folder holds most of, else whose repositories it holds, or None."""
     found = {version: sum((folder / name).exists() for name in names) for version, names in PUBLISHED_FILES.items()}
     best = max(found, key=lambda version: found[version])
-    return best if found[best] else None
+    return best if found[best] else _guess_from_pipelines(find_pipelines(folder).values())
+
+
+def _guess_from_pipelines(names: Iterable[str]) -> str | None:
+    found = (version for name in names for version, start in PUBLISHED_PIPELINES.items() if name.startswith(start))
+    return next(found, None)

@@ -121,7 +121,7 @@ class RepoWriter:
                 component.write(place)
             elif isinstance(component, FilesComponent):
                 component.write(self.inputs, place)
-        write_json(target / "model_index.json", model_index(repo))
+        write_json(target / "model_index.json", model_index(repo, self.inputs))
         return target
 
     def size(self, repo: Repo) -> int:
@@ -160,8 +160,8 @@ class RepoWriter:
                     for key, tensor in zip(step.targets, run_step(step, source), strict=True):
                         writer.write(key, tensor)
                 except ConversionError as error:
-                    names = ", ".join(f"{key} of {source[key].path.name}" for key in step.sources)
-                    raise ConversionError(f"{names}: {error}") from error
+                    files = " and ".join(self.inputs.label(name) for name in plan.files)
+                    raise ConversionError(f"{', '.join(step.sources)} of {files}: {error}") from error
             writer.check_complete()
 
 
@@ -210,11 +210,11 @@ def main_dtype(entries: list[Entry]) -> str:
     return counts.most_common(1)[0][0]
 
 
-def model_index(repo: Repo) -> dict[str, Any]:
+def model_index(repo: Repo, inputs: Inputs) -> dict[str, Any]:
     """Content of ``model_index.json``."""
     import diffusers
 
-    components = {c.name: [c.library, c.class_name] for c in sorted(repo.components, key=lambda c: c.name)}
+    components = {c.name: c.entry(inputs) for c in sorted(repo.components, key=lambda c: c.name)}
     return {"_class_name": repo.pipeline, "_diffusers_version": diffusers.__version__, **components}
 
 

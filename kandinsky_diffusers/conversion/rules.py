@@ -6,6 +6,7 @@ A template is a key with placeholders in braces:
 * a name of the table's ``paths`` stands for one of the listed module paths, which has another name on the other side;
 * any other name stands for a whole number.
 
+A rule from ``{rest}`` alone is for all keys that no other rule and no drop is for.
 Templates match whole keys.  A :class:`RuleTable` runs in both directions: ``table.inverse`` holds the rules from the
 model back to the original file.
 """
@@ -22,6 +23,7 @@ from .transforms import Transform
 
 Paths = Mapping[str, Mapping[str, str]]
 
+REST = "{rest}"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _PATTERNS = {"p": r"weight|bias", "rest": r".+"}
 
@@ -37,6 +39,11 @@ class Rule:
     targets: tuple[str, ...]
     transforms: tuple[Transform, ...] = ()
     optional: bool = False
+
+    @property
+    def takes_the_rest(self) -> bool:
+        """Whether it is only for keys that nothing else is for."""
+        return self.sources == (REST,)
 
     @property
     def inverse(self) -> Rule:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .layout import arrange
 from .reader import WeightFile, is_inventory, open_weights
 from .recipe import Inputs, Release, Repo, SourceFile
 from .releases import guess_version, release, releases
@@ -58,8 +59,8 @@ def read_config(path: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any
     return content
 
 
-def choose_release(folder: Path, version: str) -> Release:
-    """The release that ``version`` names, or that the files tell if it is ``auto``.
+def choose_release(folder: Path, version: str, layout: str = "split") -> Release:
+    """The release that ``version`` names, or that the files tell if it is ``auto``, in a layout.
 
     Raises:
         ConversionError: unknown, or the folder has none of its main files.
@@ -69,22 +70,22 @@ def choose_release(folder: Path, version: str) -> Release:
     if version == "auto" and guess is None:
         raise ConversionError(f"{looks}; which version it is cannot be told.")
     try:
-        chosen = release(version if version != "auto" else str(guess))
+        chosen = arrange(release(version if version != "auto" else str(guess)), layout)
     except ConversionError as error:
         raise ConversionError(f"{error} {looks}.") from error
-    mains = [chosen.file(repo.main) for repo in chosen.repos]
-    if not any(_locate(file, folder) for file in mains):
-        wanted = ", ".join(file.paths[0] for file in mains)
+    mains, folders = [chosen.file(repo.main) for repo in chosen.repos], chosen.roots(folder)
+    if not any(_locate(file, folders) for file in mains):
+        wanted = ", ".join(map(_title, mains))
         raise ConversionError(f"None of the main files of {chosen.title} ({wanted}) is there; {looks}.")
     return chosen
 
 
-def choose_repos(chosen: Release, folder: Path) -> tuple[list[Repo], dict[str, str]]:
+def choose_repos(chosen: Release, folders: Mapping[str, Path]) -> tuple[list[Repo], dict[str, str]]:
     """The repositories whose main file is there; and why the others are left out."""
-    absent = {
-        repo.name: chosen.file(repo.main) for repo in chosen.repos if not _locate(chosen.file(repo.main), folder)
+    mains = {repo.name: chosen.file(repo.main) for repo in chosen.repos}
+    skipped = {
+        name: f"{_title(file)} is not in the release" for name, file in mains.items() if not _locate(file, folders)
     }
-    skipped = {name: f"{file.paths[0]} is not in the release" for name, file in absent.items()}
     return [repo for repo in chosen.repos if repo.name not in skipped], skipped
 
 
@@ -98,29 +99,32 @@ def open_files(chosen: Release, names: Sequence[str], folders: Mapping[str, Path
     for name in names:
         source = chosen.file(name)
         try:
-            files[name] = open_known(chosen, source, folders[source.root])
+            files[name] = open_known(chosen, source, folders)
         except ConversionError as error:
             faults.append(str(error))
     if faults:
-        raise ConversionError("\n".join(faults))
+        raise ConversionError("\n".join(dict.fromkeys(faults)))
     return files
 
 
-def open_known(chosen: Release, source: SourceFile, folder: Path) -> WeightFile:
-    """Open one source file of ``folder``.
+def open_known(chosen: Release, source: SourceFile, folders: Mapping[str, Path]) -> WeightFile:
+    """Open one source file.
 
     Raises:
         ConversionError: it is missing, unreadable, or another file than expected.
     """
-    path = _locate(source, folder)
+    if source.root not in folders:
+        raise ConversionError(f"The repository of the {source.root} is missing in {folders['release']}.")
+    path = _locate(source, folders)
     if path is None:
-        raise ConversionError(f"{source.paths[0]} is missing in {folder}.")
+        name, *others = source.paths
+        also = f", and so are {others[0]} and its other forms" if others else ""
+        raise ConversionError(f"{name} is missing in {folders[source.root]}{also}.")
     file = open_weights(path, source.names)
-    other = identify(file)
-    if other is not None and other != (chosen.version, source.name):
+    other = None if source.recognises(file.shapes) else identify(file)
+    if other is not None:
         raise ConversionError(
-            f"{source.paths[0]} is not the {source.name} of {chosen.title}; it looks like the {other[1]} of "
-            f"Kandinsky {other[0]}."
+            f"{path} is not the {source.name} of {chosen.title}; it looks like the {other[1]} of Kandinsky {other[0]}."
         )
     return file
 
@@ -157,7 +161,9 @@ class Found:
     ignored: tuple[str, ...] = ()
 
 
-def find_for_planning(place: Path, version: str, clip: str | Path | None, config: Mapping[str, Any]) -> Found:
+def find_for_planning(
+    place: Path, version: str, clip: str | Path | None, config: Mapping[str, Any], layout: str = "split"
+) -> Found:
     """Open everything that can be planned: one file, a folder of inventories, or what there is of a release.
 
     Raises:
@@ -168,11 +174,11 @@ def find_for_planning(place: Path, version: str, clip: str | Path | None, config
     folder = find_folder(place, "source")
     if guess_version(folder) is None and (inventories := sorted(filter(is_inventory, folder.iterdir()))):
         return _found(inventories, version, config)
-    chosen = choose_release(folder, version)
-    folders = {"release": folder}
+    chosen = choose_release(folder, version, layout)
+    folders = dict(chosen.roots(folder))
     if clip is not None and Path(clip).is_dir():
         folders["clip"] = Path(clip)
-    names = [file.name for file in chosen.files if file.root in folders and _locate(file, folders[file.root])]
+    names = [file.name for file in chosen.files if _locate(file, folders)]
     return Found(chosen, Inputs(folders, open_files(chosen, names, folders), config))
 
 
@@ -206,5 +212,11 @@ def _roots(chosen: Release, files: Mapping[str, WeightFile]) -> dict[str, Path]:
     return roots
 
 
-def _locate(source: SourceFile, folder: Path) -> Path | None:
-    return next((folder / path for path in source.paths if (folder / path).is_file()), None)
+def _locate(source: SourceFile, folders: Mapping[str, Path]) -> Path | None:
+    folder = folders.get(source.root)
+    places = (folder / path for path in source.paths) if folder else ()
+    return next((place for place in places if place.is_file()), None)
+
+
+def _title(source: SourceFile) -> str:
+    return source.paths[0] if source.root == "release" else f"{source.paths[0]} of the {source.root}"

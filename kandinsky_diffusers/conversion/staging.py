@@ -77,17 +77,17 @@ def remove_stale(output: Path) -> None:
         shutil.rmtree(root)
 
 
-def check_free(output: Path, names: Iterable[str], overwrite: bool, source: Path) -> None:
+def check_free(output: Path, names: Iterable[str], overwrite: bool, sources: Iterable[Path]) -> None:
     """Refuse to touch folders that exist.
 
     Raises:
-        ConversionError: one of ``names`` exists in ``output`` and ``overwrite`` is not set, or holds the source.
+        ConversionError: one of ``names`` exists in ``output`` and ``overwrite`` is not set, or holds a source.
     """
     if output.exists() and not output.is_dir():
         raise ConversionError(f"The output {output} is a file; a folder is expected.")
     taken = [output / name for name in names if os.path.lexists(output / name)]
     for place in taken:
-        if source.resolve().is_relative_to(place.resolve()):
+        if any(source.resolve().is_relative_to(place.resolve()) for source in sources):
             raise ConversionError(f"{place} holds the source and cannot be replaced. Choose another output folder.")
     if taken and not overwrite:
         places = ", ".join(str(place) for place in taken)

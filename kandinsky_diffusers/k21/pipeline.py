@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.kandinsky import KandinskyPipeline as StockKandinskyPipeline
 from diffusers.pipelines.kandinsky import MultilingualCLIP
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from transformers import XLMRobertaTokenizer
 
-from ..decoding import Batch, Conditions, DecoderMixin
-from ..movq import MoVQ
+from ..decoding import Batch, Call, Conditions, DecoderMixin
+from ..movq import MoVQ, pixels_per_latent
+from ..options import DecoderOptions, Embeds, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
-from .text import TextInputs, encode_texts
-
-
-class Call(NamedTuple):
-    """One call of a decoder, checked.
-
-    Args:
-        text: prompts and negative prompts.
-        batch: how many pictures, and of what size.
-        rows: image embeddings, as given.
-        source: pixels, or what is known of them, where a picture is given.
-    """
-
-    text: TextInputs
-    batch: Batch
-    rows: Conditions
-    source: Any = None
+from .text import TextInputs, TextStates, encode_texts
 
 
 class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipeline):
@@ -72,7 +57,7 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
         self.register_modules(
             text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, movq=movq
         )
-        self.movq_scale_factor = 2 ** (len(self.movq.config.block_out_channels) - 1)
+        self.movq_scale_factor = pixels_per_latent(movq)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.movq_scale_factor, resample="bicubic")
         self._guidance_scale = 1.0
 
@@ -119,12 +104,14 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
             negative_pooled_prompt_embeds,
         )
         batch = Batch(text.count, text.count * num_images_per_prompt, (0, 0))
+        # a pipeline for texts alone may be built without a UNet
+        dtype = (self.text_encoder if self.unet is None else self.unet).dtype
 
         def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
             return encode_texts(self.text_encoder, self.tokenizer, texts, device)
 
         def repeated(states: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-            return [batch.expand(state.to(device, self.unet.dtype), "prompt_embeds") for state in states]
+            return [batch.expand(state.to(device, dtype), "prompt_embeds") for state in states]
 
         hidden, pooled = repeated(text.positive(encode))
         if not do_classifier_free_guidance:
@@ -132,9 +119,13 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
         negative_hidden, negative_pooled = repeated(text.negative(encode))
         return hidden, negative_hidden, pooled, negative_pooled
 
+    @property
+    def _embeds_width(self) -> int:
+        return self.unet.config.cross_attention_dim
+
     def _check(self, arguments: Mapping[str, Any]) -> Call:
         text = TextInputs.of(arguments)
-        return Call(text, *self._check_common(arguments, text.count))
+        return replace(self._check_common(arguments, text.count), text=text)
 
     def _encode(self, call: Call, device: torch.device) -> Conditions:
         """All conditions that text-to-image knows, one row for each picture."""
@@ -150,7 +141,13 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
                 "negative_prompt_embeds": negative_hidden,
                 "negative_pooled_prompt_embeds": negative_pooled,
             }
-        return conditions | self._embeds_for(call.batch, call.rows, device)
+        return conditions | self._embeds_for(call, device)
+
+    def _both(self, conditions: Conditions, name: str) -> torch.Tensor:
+        """A condition for the network: the unconditional half first, where there is guidance."""
+        if not self.do_classifier_free_guidance:
+            return conditions[name]
+        return torch.cat([conditions[f"negative_{name}"], conditions[name]])
 
     def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """What the UNet says of `latents` at `timestep`.
@@ -158,8 +155,8 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
         Args:
             latents: `[batch, 4, height, width]`.
             timestep: a training timestep.
-            conditions: named tensors with one row for each image: those of the callback, and `masked_latents` and
-                `keep_mask` when inpainting.
+            conditions: named tensors with one row for each image: those of the callback, and `masked_image` and
+                `mask_image` (latents, 1 keeps) when inpainting.
 
         Returns:
             Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
@@ -177,30 +174,15 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
         )[0]
 
     @torch.no_grad()
+    @accepts(DecoderOptions, TextStates, stock=StockKandinskyPipeline)
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
-        image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
-        negative_image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback: Callable[[int, int, torch.Tensor], None] | None = None,
-        callback_steps: int | None = 1,
-        return_dict: bool = True,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+        prompt: Prompts | None = None,
+        image_embeds: Embeds | None = None,
+        negative_image_embeds: Embeds | None = None,
+        negative_prompt: Prompts | None = None,
+        **options: Unpack[DecoderOptions],
+    ) -> Pictures:
         """Draw.
 
         Args:
@@ -208,36 +190,9 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
             image_embeds: `[prompts, width]` from the prior, or one row for each image.
             negative_image_embeds: of the unconditional half; not needed at a guidance scale of 1.
             negative_prompt: one for all, or one for each prompt; None is the empty one.
-            height: of the picture in pixels, any.
-            width: of the picture in pixels, any.
-            num_inference_steps: of the scheduler.
-            guidance_scale: 1 draws without guidance.
-            num_images_per_prompt: pictures for each prompt.
-            generator: one, or one for each picture, which then is the same in any batch.
-            latents: noise to start from, `[pictures, 4, latent height, latent width]`.
-            output_type: `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"`.
-            callback: older form of `callback_on_step_end`: called with index, timestep and latents.
-            callback_steps: `callback` is called at every such step.
-            return_dict: return a tuple if False.
-            prompt_embeds: see [`encode_prompt`].
-            negative_prompt_embeds: see [`encode_prompt`].
-            pooled_prompt_embeds: see [`encode_prompt`].
-            negative_pooled_prompt_embeds: see [`encode_prompt`].
-            callback_on_step_end: called after each step with the pipeline, the step's index, the timestep and a dict
-                of tensors; what it returns in a dict replaces them.
-            callback_on_step_end_tensor_inputs: names of the tensors it gets.
+            options: [`DecoderOptions`]; and states of the text encoder instead of prompts, [`TextStates`].
 
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        arguments = dict(locals())
-        call = self._check(arguments)
-
-        device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        conditions = self._encode(call, device)
-        latents = self.prepare_latents(self._latent_shape(call.batch), self.unet.dtype, device, generator, latents)
-        on_step_end = self._on_step_end(arguments, conditions)
-        latents = self._denoise(latents, self.scheduler.timesteps, conditions, generator, on_step_end)
-        images = latents if output_type == "latent" else self.decode_latents(latents, height, width)
-        return self._output(images, output_type, return_dict)
+        return self._generate({**options, **locals()})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from diffusers import (
@@ -19,7 +18,6 @@ from diffusers.pipelines.kandinsky import KandinskyCombinedPipeline as StockKand
 from diffusers.pipelines.kandinsky import KandinskyImg2ImgCombinedPipeline as StockKandinskyImg2ImgCombinedPipeline
 from diffusers.pipelines.kandinsky import KandinskyInpaintCombinedPipeline as StockKandinskyInpaintCombinedPipeline
 from diffusers.pipelines.kandinsky import MultilingualCLIP
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
@@ -28,9 +26,10 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from ..connected import ConnectedPriorMixin
+from ..connected import ConnectedPriorMixin, components_among
 from ..images import Images
 from ..movq import MoVQ
+from ..options import CombinedImg2ImgOptions, CombinedInpaintOptions, CombinedOptions, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..prior import CachedPriorTransformer
 from ..schedulers import KandinskyUnCLIPScheduler
@@ -48,77 +47,41 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
 
     model_cpu_offload_seq = "prior_text_encoder->prior_image_encoder->prior_prior->text_encoder->unet->movq"
     _exclude_from_cpu_offload = ()
+    _float64_schedulers = ("prior_scheduler",)
     _callback_tensor_inputs = KandinskyPipeline._callback_tensor_inputs
     _prior_class = KandinskyPriorPipeline
     _decoder_class = KandinskyPipeline
 
     def __init__(
         self,
-        text_encoder: MultilingualCLIP,
+        prior_tokenizer: CLIPTokenizer,
+        prior_text_encoder: CLIPTextModelWithProjection,
+        prior_image_processor: CLIPImageProcessor,
+        prior_image_encoder: CLIPVisionModelWithProjection,
+        prior_scheduler: UnCLIPScheduler | KandinskyUnCLIPScheduler,
+        prior_prior: PriorTransformer | CachedPriorTransformer,
         tokenizer: XLMRobertaTokenizer,
+        text_encoder: MultilingualCLIP,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler | DDPMScheduler,
         movq: VQModel | MoVQ,
-        prior_prior: PriorTransformer | CachedPriorTransformer,
-        prior_image_encoder: CLIPVisionModelWithProjection,
-        prior_text_encoder: CLIPTextModelWithProjection,
-        prior_tokenizer: CLIPTokenizer,
-        prior_scheduler: UnCLIPScheduler | KandinskyUnCLIPScheduler,
-        prior_image_processor: CLIPImageProcessor,
     ):
         DiffusionPipeline.__init__(self)
-        self.register_modules(
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            movq=movq,
-            prior_prior=prior_prior,
-            prior_image_encoder=prior_image_encoder,
-            prior_text_encoder=prior_text_encoder,
-            prior_tokenizer=prior_tokenizer,
-            prior_scheduler=prior_scheduler,
-            prior_image_processor=prior_image_processor,
-        )
+        self.register_modules(**components_among(locals()))
 
     @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback: Callable[[int, int, torch.Tensor], None] | None = None,
-        callback_steps: int | None = 1,
-        return_dict: bool = True,
-        negative_prior_prompt: str | list[str] | None = None,
-        prior_callback_on_step_end: Callable[..., dict] | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw. Arguments as for [`KandinskyPipeline.__call__`], and for the prior:
+    @accepts(CombinedOptions, stock=StockKandinskyCombinedPipeline)
+    def __call__(self, prompt: Prompts, **options: Unpack[CombinedOptions]) -> Pictures:
+        """Draw.
 
         Args:
-            negative_prompt: see [`KandinskyPriorPipeline.__call__`]; it acts on the image embeddings.
-            negative_prior_prompt: likewise.
-            prior_guidance_scale: `guidance_scale` of the prior.
-            prior_num_inference_steps: `num_inference_steps` of the prior.
-            prior_callback_on_step_end: `callback_on_step_end` of the prior.
-            prior_callback_on_step_end_tensor_inputs: names of the tensors it gets.
+            prompt: one or several, in any language for the decoder, in English for the prior.
+            options: [`CombinedOptions`].
 
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        return self._draw(dict(locals()))
+        return self._draw({**options, **locals()})
 
 
 class KandinskyImg2ImgCombinedPipeline(KandinskyCombinedPipeline, StockKandinskyImg2ImgCombinedPipeline):
@@ -127,38 +90,10 @@ class KandinskyImg2ImgCombinedPipeline(KandinskyCombinedPipeline, StockKandinsky
     _decoder_class = KandinskyImg2ImgPipeline
 
     @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str],
-        image: Images | None = None,
-        negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        strength: float = 0.3,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback: Callable[[int, int, torch.Tensor], None] | None = None,
-        callback_steps: int | None = 1,
-        return_dict: bool = True,
-        negative_prior_prompt: str | list[str] | None = None,
-        prior_callback_on_step_end: Callable[..., dict] | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw anew what is in a picture; arguments as for [`KandinskyImg2ImgPipeline.__call__`], those of the prior
-        as for [`KandinskyCombinedPipeline.__call__`].
-
-        Raises:
-            TypeError, ValueError: an argument is not as described; it is named.
-        """
-        return self._draw(dict(locals()))
+    @accepts(CombinedImg2ImgOptions, stock=StockKandinskyImg2ImgCombinedPipeline)
+    def __call__(self, prompt: Prompts, image: Images, **options: Unpack[CombinedImg2ImgOptions]) -> Pictures:
+        """Draw anew what is in a picture; see [`KandinskyImg2ImgPipeline.__call__`] and [`CombinedOptions`]."""
+        return self._draw({**options, **locals()})
 
 
 class KandinskyInpaintCombinedPipeline(KandinskyCombinedPipeline, StockKandinskyInpaintCombinedPipeline):
@@ -167,38 +102,9 @@ class KandinskyInpaintCombinedPipeline(KandinskyCombinedPipeline, StockKandinsky
     _decoder_class = KandinskyInpaintPipeline
 
     @torch.no_grad()
+    @accepts(CombinedInpaintOptions, stock=StockKandinskyInpaintCombinedPipeline)
     def __call__(
-        self,
-        prompt: str | list[str],
-        image: Images | None = None,
-        mask_image: Images | None = None,
-        negative_prompt: str | list[str] | None = None,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        height: int = 512,
-        width: int = 512,
-        prior_guidance_scale: float = 4.0,
-        prior_num_inference_steps: int = 25,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback: Callable[[int, int, torch.Tensor], None] | None = None,
-        callback_steps: int | None = 1,
-        return_dict: bool = True,
-        negative_prior_prompt: str | list[str] | None = None,
-        prior_callback_on_step_end: Callable[..., dict] | None = None,
-        prior_callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        strength: float = 1.0,
-        padding_mask_crop: int | None = None,
-        preserve_unmasked: bool = False,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Repaint a region of a picture; arguments as for [`KandinskyInpaintPipeline.__call__`], those of the prior as
-        for [`KandinskyCombinedPipeline.__call__`].
-
-        Raises:
-            TypeError, ValueError: an argument is not as described; it is named.
-        """
-        return self._draw(dict(locals()))
+        self, prompt: Prompts, image: Images, mask_image: Images, **options: Unpack[CombinedInpaintOptions]
+    ) -> Pictures:
+        """Repaint a region of a picture; see [`KandinskyInpaintPipeline.__call__`] and [`CombinedOptions`]."""
+        return self._draw({**options, **locals()})

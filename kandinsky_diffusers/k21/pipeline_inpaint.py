@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from diffusers.pipelines.kandinsky import KandinskyInpaintPipeline as StockKandinskyInpaintPipeline
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from .. import sampling
 from ..images import Images
 from ..inpainting import InpaintMixin
-from ..inputs import check_strength
-from ..schedulers import start_at
-from .pipeline import Call, KandinskyPipeline
+from ..options import Embeds, InpaintOptions, Pictures, Prompts, accepts
+from .pipeline import KandinskyPipeline
+from .text import TextStates
 
 
 class KandinskyInpaintPipeline(InpaintMixin, KandinskyPipeline, StockKandinskyInpaintPipeline):
@@ -26,68 +23,26 @@ class KandinskyInpaintPipeline(InpaintMixin, KandinskyPipeline, StockKandinskyIn
     """
 
     @torch.no_grad()
+    @accepts(InpaintOptions, TextStates, stock=StockKandinskyInpaintPipeline)
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: Prompts | None = None,
         image: Images | None = None,
         mask_image: Images | None = None,
-        image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
-        negative_image_embeds: torch.Tensor | list[torch.Tensor] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 100,
-        guidance_scale: float = 4.0,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        callback: Callable[[int, int, torch.Tensor], None] | None = None,
-        callback_steps: int | None = 1,
-        return_dict: bool = True,
-        strength: float = 1.0,
-        padding_mask_crop: int | None = None,
-        preserve_unmasked: bool = False,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
-        negative_pooled_prompt_embeds: torch.Tensor | None = None,
-        callback_on_step_end: Callable[..., dict] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+        image_embeds: Embeds | None = None,
+        negative_image_embeds: Embeds | None = None,
+        negative_prompt: Prompts | None = None,
+        **options: Unpack[InpaintOptions],
+    ) -> Pictures:
         """Repaint a region of a picture; arguments as for [`KandinskyPipeline.__call__`], and:
 
         Args:
             image: one for all prompts, or one for each, resized to `height` and `width` (see [`images.pixels_from`]);
                 a tensor with the MoVQ's number of channels is taken for latents.
             mask_image: one for all, or one for each; white or 1 is repainted (see [`images.masks_from`]).
-            strength: below 1 the region starts from its noised content and takes that share of the steps.
-            padding_mask_crop: paint only the mask and so many pixels around it, at the full `height` and `width`, and
-                put it into the picture, which keeps its size.
-            preserve_unmasked: give back the pixels outside the mask as they were; else they come from the MoVQ.
-            latents: the noise to start from.
+            options: [`InpaintOptions`] and [`TextStates`].
 
         Raises:
             TypeError, ValueError: an argument is not as described; it is named.
         """
-        arguments = dict(locals())
-        call = self._check(arguments)
-
-        device, dtype, shape = self._execution_device, self.unet.dtype, self._latent_shape(call.batch)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps, noise_timestep = start_at(self.scheduler, strength)
-        conditions = self._encode(call, device) | self._known_conditions(call.source, call.batch, device)
-        noise = sampling.draw_noise(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
-        image_latents = None if strength == 1.0 else conditions["known_latents"]
-        latents = self.prepare_latents(shape, dtype, device, generator, noise, image_latents, noise_timestep)
-        on_step_end = self._reimpose(conditions, timesteps, noise, self._on_step_end(arguments, conditions))
-        latents = self._denoise(latents, timesteps, conditions, generator, on_step_end)
-        if output_type == "latent":
-            return self._output(latents, output_type, return_dict)
-        pixels = self._preserve(self.decode_latents(latents, height, width), call.source, call.batch)
-        return self._output(pixels, output_type, return_dict, call.source.crop)
-
-    def _check(self, arguments: Mapping[str, Any]) -> Call:
-        call = super()._check(arguments)
-        check_strength(arguments["strength"])
-        return call._replace(source=self._load_known(arguments, call.batch))
+        return self._generate({**options, **locals()})

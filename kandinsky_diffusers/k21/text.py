@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 
@@ -13,6 +13,15 @@ from ..text import tokenize
 
 
 TEXT_LENGTH = 77
+
+
+class TextStates(TypedDict, total=False):
+    """What the decoders take instead of prompts, see their `encode_prompt`."""
+
+    prompt_embeds: Annotated[torch.Tensor | None, None]
+    negative_prompt_embeds: Annotated[torch.Tensor | None, None]
+    pooled_prompt_embeds: Annotated[torch.Tensor | None, None]
+    negative_pooled_prompt_embeds: Annotated[torch.Tensor | None, None]
 
 
 @dataclass(frozen=True)

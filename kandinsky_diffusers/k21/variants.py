@@ -6,8 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..conversion.files import copy_clip_image_processor, copy_tokenizer, tokenizer_check
-from ..conversion.recipe import ConfigComponent, FilesComponent, ModelComponent, Part, Release, Repo, SourceFile
+from ..conversion import smoke
+from ..conversion.files import copy_clip_image_processor, copy_tokenizer, image_processor_check, tokenizer_check
+from ..conversion.recipe import (
+    ConfigComponent,
+    FilesComponent,
+    Joined,
+    ModelComponent,
+    Part,
+    Release,
+    Repo,
+    SourceFile,
+)
 from . import weights
 
 
@@ -145,7 +155,11 @@ CLIP_TOKENIZER = FilesComponent(
 )
 
 CLIP_IMAGE_PROCESSOR = FilesComponent(
-    "image_processor", "transformers", "CLIPImageProcessor", write=partial(copy_clip_image_processor, root="clip")
+    "image_processor",
+    "transformers",
+    "CLIPImageProcessor",
+    write=partial(copy_clip_image_processor, root="clip", folder=""),
+    check=partial(image_processor_check, root="clip", folder=""),
 )
 
 
@@ -159,47 +173,23 @@ def _unet(file: str) -> ModelComponent:
     )
 
 
-def _run_prior(pipe: Any) -> list[Any]:
-    result = pipe("a hat", num_inference_steps=2)
-    return [result.image_embeds, result.negative_image_embeds]
-
-
 def _run_decoder(pipe: Any, **inputs: Any) -> list[Any]:
-    import numpy as np
-    import torch
-
-    embeds = torch.zeros(1, pipe.unet.config.cross_attention_dim)
-    images = pipe(
-        "a hat",
-        image_embeds=embeds,
-        negative_image_embeds=embeds,
-        num_inference_steps=2,
-        height=64,
-        width=64,
-        output_type="np",
-        **inputs,
-    ).images
-    return [np.asarray(images)]
+    return smoke.run_decoder(pipe, pipe.unet.config.cross_attention_dim, **smoke.text(), **inputs)
 
 
-def _run_inpaint(pipe: Any) -> list[Any]:
-    import numpy as np
-    from PIL import Image
-
-    mask = np.zeros((64, 64), np.float32)
-    mask[:32] = 1
-    return _run_decoder(pipe, image=Image.new("RGB", (64, 64), "gray"), mask_image=mask)
-
-
-def _decoder(name: str, pipeline: str, file: str, smoke: Callable[[Any], list[Any]]) -> Repo:
+def _decoder(name: str, pipeline: str, file: str, run: Callable[[Any], list[Any]], joined: Joined) -> Repo:
     return Repo(
         name,
         pipeline,
         main=file,
         components=(_unet(file), MOVQ, TEXT_ENCODER, TOKENIZER, DDIM_SCHEDULER),
-        smoke=smoke,
+        smoke=run,
         extras=(DDPM_SCHEDULER, ANCESTRAL_SCHEDULER),
+        joined=joined,
     )
+
+
+PRIOR_REPO = "kandinsky-2-1-prior"
 
 
 RELEASE = Release(
@@ -208,7 +198,7 @@ RELEASE = Release(
     files=FILES,
     repos=(
         Repo(
-            "kandinsky-2-1-prior",
+            PRIOR_REPO,
             "KandinskyPriorPipeline",
             main="prior",
             components=(
@@ -219,9 +209,26 @@ RELEASE = Release(
                 CLIP_IMAGE_PROCESSOR,
                 PRIOR_SCHEDULER,
             ),
-            smoke=_run_prior,
+            smoke=smoke.run_prior,
         ),
-        _decoder("kandinsky-2-1", "KandinskyPipeline", "decoder", _run_decoder),
-        _decoder("kandinsky-2-1-inpaint", "KandinskyInpaintPipeline", "inpainting", _run_inpaint),
+        _decoder(
+            "kandinsky-2-1",
+            "KandinskyPipeline",
+            "decoder",
+            _run_decoder,
+            Joined(PRIOR_REPO, "prior_", "KandinskyCombinedPipeline", smoke.run_combined),
+        ),
+        _decoder(
+            "kandinsky-2-1-inpaint",
+            "KandinskyInpaintPipeline",
+            "inpainting",
+            lambda pipe: _run_decoder(pipe, **smoke.hole()),
+            Joined(
+                PRIOR_REPO,
+                "prior_",
+                "KandinskyInpaintCombinedPipeline",
+                lambda pipe: smoke.run_combined(pipe, **smoke.hole()),
+            ),
+        ),
     ),
 )

@@ -99,6 +99,19 @@ def test_a_key_that_two_rules_match_is_a_fault():
     assert "several rules" in faults(table=table, shapes={"a.b": (1,)}, expected={"y": (1,)})
 
 
+def test_a_rule_for_the_rest_takes_what_nothing_else_takes_and_runs_backwards():
+    old = rename("{a}.query.{p}", "{a}.to_q.{p}", optional=True)
+    table = RuleTable((rename("{rest}", "{rest}"), old), drops=(Drop("position_ids", "computed"),))
+    expected = {"0.to_q.bias": (1,), "0.norm.bias": (1,)}
+    for name in ("query", "to_q"):
+        shapes = {f"0.{name}.bias": (1,), "0.norm.bias": (1,), "position_ids": (1,)}
+        plan = match(table, shapes, expected)
+        assert list(plan.dropped) == ["position_ids"]
+        assert plan.target_shapes == expected
+        assert plan.inverse.target_shapes.keys() == shapes.keys() - {"position_ids"}
+    assert "--drop" in faults(table=table, shapes={**expected, "surplus": (1,)}, expected=expected)
+
+
 def test_a_rule_that_matches_nothing_is_a_fault_unless_optional():
     table = RuleTable((rename("a", "x"), rename("b", "y")))
     assert "    b" in faults(table=table, shapes={"a": (1,)}, expected={"x": (1,)})

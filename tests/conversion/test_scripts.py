@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from kandinsky_diffusers.conversion.releases import releases
+from kandinsky_diffusers.hub import render_card
 from tests.support.fake_hub import FakeHub
 
 
@@ -52,10 +53,20 @@ def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, tmp_pa
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
+FACTS = {
+    "converter_version": "0",
+    "version": "0",
+    "options": {"dtype": "auto", "variant": None},
+    "sources": {},
+    "components": {},
+    "verification": None,
+}
+
+
+@pytest.mark.parametrize("layout", ["split", "combined"])
 @pytest.mark.parametrize("name", [repo.name for release in releases() for repo in release.repos])
-def test_every_repository_has_a_card_with_license_and_tags(name):
-    front_matter = (ROOT / "model_cards" / f"{name}.md").read_text().split("---\n")[1]
-    data = ModelCard(f"---\n{front_matter}---\n").data
+def test_every_repository_has_a_card_with_license_and_tags(name, layout):
+    data = ModelCard(render_card(name, {**FACTS, "options": {**FACTS["options"], "layout": layout}})).data
     assert data.license
     assert data.pipeline_tag
     assert "kandinsky" in data.tags

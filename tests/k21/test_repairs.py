@@ -255,7 +255,7 @@ def test_group_offload(cls: type, make: Make, embeds: Any, tmp_path: Path, conve
         onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
     )
     after = pipe("a cat", **arguments, generator=seeded(0)[0]).images
-    assert np.array_equal(before, after)
+    assert np.abs(before - after).max() <= 1e-5  # at another address a sum may be made in another order
 
 
 @ours_and_stock("KandinskyPipeline")

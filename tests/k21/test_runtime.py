@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoPipelineForText2Image
+from diffusers import AutoPipelineForText2Image, attention_backend
 from peft import LoraConfig
 
 from kandinsky_diffusers import KandinskyAncestralScheduler
@@ -62,8 +62,8 @@ def test_the_cached_prior_is_as_near_in_half_precision_as_the_uncached(pipe: Any
 def test_model_cpu_offload_draws_the_same_twice(pipe: Any) -> None:
     before = draw(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
-    assert np.array_equal(draw(pipe), before)
-    assert np.array_equal(draw(pipe), before)
+    for _ in range(2):
+        assert np.abs(draw(pipe) - before).max() <= 1e-5  # at another address a sum may be made in another order
 
 
 def test_sequential_offload_draws_the_same(pipe: Any) -> None:
@@ -115,7 +115,8 @@ def test_compiled_components_are_saved_under_their_stock_names(pipe: Any, tmp_pa
 
 def test_the_choice_of_an_attention_backend_acts(pipe: Any) -> None:
     before = draw(pipe)
-    pipe.unet.set_attention_backend("_native_math")
+    with attention_backend("native"):  # takes back that the choice becomes everybody's default
+        pipe.unet.set_attention_backend("_native_math")
     assert {processor._attention_backend for processor in pipe.unet.attn_processors.values()} == {"_native_math"}
     np.testing.assert_allclose(draw(pipe), before, rtol=0, atol=1e-4)
 

@@ -1,0 +1,87 @@
+"""The 2.2 pipelines in half precision, and offloaded, where the numbers must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, DDIMScheduler
+
+from tests.k22.conftest import QUICK, seeded
+
+
+QUICK_COMBINED = {**QUICK, "prior_num_inference_steps": 3, "negative_prompt": "ugly", "output_type": "np"}
+
+
+@pytest.fixture
+def load(repos_22: Path) -> Callable[[str], Any]:
+    """A pipeline of its own from a repository: `load("decoder")`."""
+
+    def from_folder(short: str) -> Any:
+        pipe = AutoPipelineForText2Image.from_pretrained(repos_22 / f"kandinsky-2-2-{short}")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return from_folder
+
+
+def draw(pipe: Any, **arguments: Any) -> np.ndarray:
+    return pipe("a cat", generator=seeded(0)[0], **QUICK_COMBINED, **arguments).images
+
+
+@pytest.mark.parametrize(
+    ("short", "dtype", "allowed"), [("decoder", torch.float16, 0.01), ("controlnet-depth", torch.bfloat16, 0.05)]
+)
+def test_half_precision_stays_near_single(
+    load: Any, hint: torch.Tensor, short: str, dtype: torch.dtype, allowed: float
+) -> None:
+    """Mean difference of pixel values in [0, 1]; the random weights make it larger than trained ones would."""
+    pipe = load(short)
+    embeds = pipe.prior_pipe("a cat", generator=seeded(0)[0], num_inference_steps=2)
+    arguments = {**QUICK, **embeds, "latents": torch.randn(1, 4, 8, 8, generator=seeded(1)[0]), "output_type": "np"}
+    arguments |= {"hint": hint} if short == "controlnet-depth" else {}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    single = pipe.decoder_pipe(**arguments).images
+    half = pipe.to(dtype).decoder_pipe(**arguments).images
+    assert np.isfinite(half).all()
+    assert np.abs(half - single).mean() <= allowed
+    assert np.isfinite(draw(pipe, **({"hint": hint} if "hint" in arguments else {}))).all()
+
+
+def test_model_cpu_offload_draws_the_same_twice(load: Any) -> None:
+    pipe = load("decoder")
+    before = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(draw(pipe), before)
+    assert np.array_equal(draw(pipe), before)
+    assert len(pipe._all_hooks) == 5  # text encoder, image encoder, prior, UNet, MoVQ
+
+
+def test_group_offload_of_the_whole_pipeline_draws_the_same(load: Any, tmp_path: Path, hint: torch.Tensor) -> None:
+    pipe = load("controlnet-depth")
+    before = draw(pipe, hint=hint)
+    pipe.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    np.testing.assert_allclose(draw(pipe, hint=hint), before, rtol=0, atol=1e-5)
+
+
+def test_the_exact_reference_is_passed_on_to_prior_and_decoder(load: Any) -> None:
+    """The cache of the prior is off with it: its prefill is never called."""
+    pipe = load("decoder")
+    calls = []
+    forward = pipe.prior_prior.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(bool(kwargs.get("prefill")))
+        return forward(*args, **kwargs)
+
+    pipe.prior_prior.forward = spy
+    draw(pipe.exact_reference(True))
+    assert not any(calls)
+    draw(pipe.exact_reference(False))
+    assert any(calls)
