@@ -5,13 +5,17 @@ Importing registers; `unregister()` gives diffusers back as it was.
 
 from __future__ import annotations
 
-from . import k21, k22
+from . import k3, k21, k22
+from .k3 import *  # noqa: F403
 from .k21 import *  # noqa: F403 (each family lists its public names)
 from .k22 import *  # noqa: F403
 from .movq import MoVQ
 from .prior import CachedPriorTransformer
 from .registry import UnsupportedDiffusersError, register, register_pipeline, unregister
 from .schedulers import (
+    Kandinsky3AncestralScheduler,
+    Kandinsky3DDPMScheduler,
+    Kandinsky3FlashScheduler,
     KandinskyAncestralScheduler,
     KandinskyDDIMScheduler,
     KandinskyPNDMScheduler,
@@ -23,6 +27,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CachedPriorTransformer",
+    "Kandinsky3AncestralScheduler",
+    "Kandinsky3DDPMScheduler",
+    "Kandinsky3FlashScheduler",
     "KandinskyAncestralScheduler",
     "KandinskyDDIMScheduler",
     "KandinskyPNDMScheduler",
@@ -33,6 +40,7 @@ __all__ = [
     "register_pipeline",
     "unregister",
 ]
+__all__ += k3.__all__
 __all__ += k21.__all__
 __all__ += k22.__all__
 

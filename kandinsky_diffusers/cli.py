@@ -34,7 +34,7 @@ def convert(
         typer.Argument(help="Folder with the original files or repositories, or a Hub id. With --plan also a file."),
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder that gets one folder per repository.")] = None,
-    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.1, 2.2.")] = "auto",
+    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.1, 2.2, 3.0, 3.1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, float16 or bfloat16.")] = "auto",
     variant: Annotated[str | None, typer.Option(help="fp16 or bf16: cast, and name the files so.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -42,10 +42,16 @@ def convert(
     clip: Annotated[
         str, typer.Option(help="2.1: folder or Hub id of CLIP ViT-L/14.")
     ] = "openai/clip-vit-large-patch14",
+    text_encoder: Annotated[
+        str, typer.Option(help="3.0: folder or Hub id of the T5 whose encoder it uses.")
+    ] = "google/flan-ul2",
     drop: Annotated[list[str] | None, typer.Option(help="Glob of keys to leave out; may be repeated.")] = None,
     layout: Annotated[
         str, typer.Option(help="split (prior and decoders apart) or combined (the prior inside each decoder's).")
     ] = "split",
+    link_shared: Annotated[
+        bool, typer.Option("--link-shared", help="Hard links for models that several repositories share.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace repositories that are there.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would become of every key.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read back, compare bit for bit, run once.")] = False,
@@ -60,6 +66,7 @@ def convert(
                 version=version,
                 original_config=original_config,
                 clip=clip,
+                text_encoder=text_encoder,
                 drop=drop or (),
                 layout=layout,
             )
@@ -77,8 +84,10 @@ def convert(
                 max_shard_size=max_shard_size,
                 original_config=original_config,
                 clip=clip,
+                text_encoder=text_encoder,
                 drop=drop or (),
                 layout=layout,
+                link_shared=link_shared,
                 overwrite=overwrite,
                 verify=verify,
                 progress=lambda **options: _Bar(bars, **options),

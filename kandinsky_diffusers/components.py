@@ -7,7 +7,8 @@ import json
 from typing import Any, TypeVar
 
 import torch
-from diffusers import PriorTransformer, UnCLIPScheduler, VQModel
+from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, VQModel
+from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
@@ -28,6 +29,11 @@ class SavedAsStock:
     @classmethod
     def replaces(cls, component: Any) -> bool:
         """Whether this class does everything that `component`, of the stock class, is configured to do."""
+        return True
+
+    @property
+    def runs_in_stock(self) -> bool:
+        """Whether the stock class can load what this object saves."""
         return True
 
     def _on_shared_state(self) -> None:
@@ -61,7 +67,7 @@ def stock_identity(component: Any) -> tuple[str, str] | None:
         return "transformers", "CLIPImageProcessor"
     for stock, better in _better_classes().items():
         if cls is better:
-            return "diffusers", stock.__name__
+            return ("diffusers", stock.__name__) if component.runs_in_stock else None
     return None
 
 
@@ -95,14 +101,17 @@ def view_as(component: Any, cls: type[T]) -> T:
 @functools.cache
 def _better_classes() -> dict[type, type[SavedAsStock]]:
     # imported here, because they are built on this module
+    from .k3.unet import Kandinsky3UNet
     from .movq import MoVQ
     from .prior import CachedPriorTransformer
-    from .schedulers import KandinskyUnCLIPScheduler
+    from .schedulers import Kandinsky3DDPMScheduler, KandinskyUnCLIPScheduler
 
     return {
+        StockKandinsky3UNet: Kandinsky3UNet,
         VQModel: MoVQ,
         PriorTransformer: CachedPriorTransformer,
         UnCLIPScheduler: KandinskyUnCLIPScheduler,
+        DDPMScheduler: Kandinsky3DDPMScheduler,
     }
 
 

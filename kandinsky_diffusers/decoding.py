@@ -1,4 +1,4 @@
-"""What the decoders of 2.1 and 2.2 share: from image embeddings to pixels."""
+"""What all pipelines that draw share: from conditions to pixels."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a decoder, checked.
+    """One call of a pipeline, checked.
 
     Args:
         arguments: of `__call__`, by their names; `call[name]` is one of them.
         batch: how many pictures, and of what size.
-        embeds: image embeddings as given.
-        text: prompts and negative prompts, for the decoders that take any.
+        embeds: image embeddings as given, for the decoders of 2.1 and 2.2.
+        text: prompts and negative prompts, for the pipelines that take any.
         source: pixels, or what is known of them, where a picture is given.
         hint: a depth map `[1 or prompts or pictures, 3, height, width]`, for the UNets that take one.
     """
@@ -80,13 +80,21 @@ class Call:
 
 
 class DecoderMixin:
-    """Mixed in before a stock decoder pipeline; it works with the components `unet`, `scheduler` and `movq`.
+    """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and `movq`.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
     ([`Img2ImgMixin`], [`InpaintMixin`]) where to start.
     """
 
     _image_by_unit_range = False  # see `images.pixels_from`
+    _reducing_gap: float | None = 1.0  # likewise
+    _scale_without_guidance = 1.0  # u + g (c - u) is c there
+    _inpainting_inputs = ("masked_image", "mask_image")  # after the latents, in the order in which the UNet has them
+
+    @property
+    def _embeds_width(self) -> int | None:
+        """Width of the image embeddings; None for a pipeline without them."""
+        return None
 
     @property
     def guidance_scale(self) -> float:
@@ -95,8 +103,8 @@ class DecoderMixin:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the unconditional half is computed. At a scale of 1 it would vanish from u + g (c - u)."""
-        return self._guidance_scale != 1.0
+        """Whether the unconditional half is computed: at all scales but the one at which it vanishes."""
+        return self._guidance_scale != self._scale_without_guidance
 
     @property
     def num_timesteps(self) -> int:
@@ -133,7 +141,9 @@ class DecoderMixin:
             return image_latents
         noise = sampling.draw_noise(shape, generator, device, dtype) if latents is None else latents.to(device, dtype)
         if image_latents is None or noise_timestep is None:
-            return noise * self.scheduler.init_noise_sigma
+            start = noise * self.scheduler.init_noise_sigma
+            begin = getattr(self.scheduler, "noised_start", None)  # Flash's
+            return start if begin is None else begin(start, generator)
         return noise_to(self.scheduler, image_latents, noise, noise_timestep)
 
     def encode_pixels(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -198,9 +208,9 @@ class DecoderMixin:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         callback_for(arguments)
         self._guidance_scale = float(arguments["guidance_scale"])
-        names = ["image_embeds", "negative_image_embeds"] if self.do_classifier_free_guidance else ["image_embeds"]
-        embeds = {name: as_rows(arguments[name], self._embeds_width, name) for name in names}
-        images = count_images(prompts, arguments["num_images_per_prompt"], len(embeds["image_embeds"]))
+        embeds = self._check_embeds(arguments)
+        rows = len(embeds["image_embeds"]) if embeds else prompts
+        images = count_images(prompts, arguments["num_images_per_prompt"], rows)
         batch = Batch(prompts, images, (arguments["height"], arguments["width"]))
         for name, rows in embeds.items():
             batch.expand(rows, name)
@@ -208,6 +218,12 @@ class DecoderMixin:
         if arguments["latents"] is not None:
             check_shape(arguments["latents"], self._latent_shape(batch), "latents")
         return Call(arguments, batch, embeds)
+
+    def _check_embeds(self, arguments: Mapping[str, Any]) -> Conditions:
+        if self._embeds_width is None:
+            return {}
+        names = ["image_embeds", "negative_image_embeds"] if self.do_classifier_free_guidance else ["image_embeds"]
+        return {name: as_rows(arguments[name], self._embeds_width, name) for name in names}
 
     def _timesteps(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The timesteps to walk down, and the one to which a picture is noised before."""
@@ -238,7 +254,8 @@ class DecoderMixin:
         if self._is_latents(image):
             check_shape(image[:1], (1, *self._latent_shape(batch)[1:]), "image")
         else:
-            image = pixels_from(image, *batch.size, by_unit_range=self._image_by_unit_range)
+            loading = {"by_unit_range": self._image_by_unit_range, "reducing_gap": self._reducing_gap}
+            image = pixels_from(image, *batch.size, **loading)
         batch.expand(image, "image")
         return image
 
@@ -246,16 +263,20 @@ class DecoderMixin:
         """2 where the network runs with and without the conditions, for guidance."""
         return 2 if self.do_classifier_free_guidance else 1
 
+    @property
+    def _unet_sees_known(self) -> bool:
+        """Whether the UNet, one for inpainting, takes latents of a picture and a mask after the noisy latents."""
+        return self.unet.config.in_channels == 2 * self.movq.config.latent_channels + 1
+
     def _unet_input(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scaled latents for each half; an inpainting UNet gets the known ones and the mask too, empty by default."""
         scaled = self.scheduler.scale_model_input(latents, timestep)
         sample = torch.cat([scaled] * self._halves(latents, conditions))
-        if self.unet.config.in_channels == 2 * latents.shape[1] + 1:
-            known, keep_mask = conditions.get("masked_image"), conditions.get("mask_image")
-            if known is None or keep_mask is None:
-                known, keep_mask = torch.zeros_like(latents), torch.zeros_like(latents[:, :1])
-            known, keep_mask = (_repeated(part[-len(sample) :], len(sample)) for part in (known, keep_mask))
-            sample = torch.cat([sample, known, keep_mask], dim=1)
+        if self._unet_sees_known:
+            empty = {"masked_image": torch.zeros_like(latents), "mask_image": torch.zeros_like(latents[:, :1])}
+            shown = [conditions.get(name, empty[name]) for name in self._inpainting_inputs]
+            shown = [_repeated(part[-len(sample) :], len(sample)) for part in shown]
+            sample = torch.cat([sample, *shown], dim=1)
         return sample
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

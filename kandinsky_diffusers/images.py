@@ -35,12 +35,17 @@ def latent_size(height: int, width: int, scale_factor: int) -> tuple[int, int]:
 
 
 def pixels_from(
-    images: Images, height: int, width: int, name: str = "image", by_unit_range: bool = False
+    images: Images,
+    height: int,
+    width: int,
+    name: str = "image",
+    by_unit_range: bool = False,
+    reducing_gap: float | None = 1.0,
 ) -> torch.Tensor:
     """Pictures as one float32 tensor `[batch, 3, height, width]` in [-1, 1].
 
-    PIL pictures are resized with Pillow's bicubic filter and `reducing_gap=1` and made RGB, as the originals do
-    (`prepare_image` in kandinsky2/utils.py). Arrays are `[height, width, 3]`, tensors `[3, height, width]`, or batches
+    PIL pictures are resized with Pillow's bicubic filter and made RGB, as the originals do (`prepare_image` in
+    kandinsky2/utils.py). Arrays are `[height, width, 3]`, tensors `[3, height, width]`, or batches
     of these; uint8 and floats above 1 count as 0..255, floats with negative values as [-1, 1], other floats as [0, 1].
     Arrays and tensors of another size are resized bicubically with antialiasing.
 
@@ -50,21 +55,26 @@ def pixels_from(
         width: in pixels.
         name: of the argument, for errors.
         by_unit_range: whether 0..255 is brought to [0, 1] first, as `VaeImageProcessor` does; last bits depend on it.
+        reducing_gap: of Pillow's `resize`: 1 in the originals of 2.x, None in those of 3.x.
 
     Raises:
         TypeError: an item is none of these.
         ValueError: an array or tensor has another shape or other values, or the sequence is empty.
     """
-    return torch.cat([_pixels_of(image, height, width, name, by_unit_range) for image in _as_list(images, name)])
+    items = _as_list(images, name)
+    return torch.cat([_pixels_of(image, height, width, name, by_unit_range, reducing_gap) for image in items])
 
 
 def _from_bytes(values: torch.Tensor, by_unit_range: bool) -> torch.Tensor:
     return values / 255.0 * 2.0 - 1.0 if by_unit_range else values / 127.5 - 1.0
 
 
-def _pixels_of(image: Image, height: int, width: int, name: str, by_unit_range: bool) -> torch.Tensor:
+def _pixels_of(
+    image: Image, height: int, width: int, name: str, by_unit_range: bool, reducing_gap: float | None
+) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
-        resized = image.resize((width, height), PIL.Image.Resampling.BICUBIC, reducing_gap=1).convert("RGB")
+        bicubic = PIL.Image.Resampling.BICUBIC
+        resized = image.resize((width, height), bicubic, reducing_gap=reducing_gap).convert("RGB")
         values = torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2)
         return _from_bytes(values, by_unit_range)
     pixels = _as_batch(image, channels=3, name=name)
@@ -108,6 +118,19 @@ def _mask_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tens
 def resize_mask(masks: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
     """Masks resized with the nearest pixel, as the originals do, to one tensor `[batch, 1, height, width]`."""
     return torch.cat([F.interpolate(mask, (height, width), mode="nearest") for mask in masks])
+
+
+def size_of(images: Any, name: str = "image") -> tuple[int, int]:
+    """Height and width of a picture, or of the first of several.
+
+    Raises:
+        TypeError, ValueError: see [`pixels_from`].
+    """
+    image = _as_list(images, name)[0]
+    if isinstance(image, PIL.Image.Image):
+        return image.height, image.width
+    height, width = _as_batch(image, channels=3, name=name).shape[-2:]
+    return height, width
 
 
 def grow_repainted(keep_mask: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from . import sampling
 from .decoding import Batch, Call, Conditions
-from .images import grow_repainted, masks_from, pixels_to, resize_mask
+from .images import Images, grow_repainted, masks_from, pixels_to, resize_mask
 from .inputs import check_at_least, check_strength
 from .schedulers import noise_to, start_at
 
@@ -159,7 +159,7 @@ class InpaintMixin:
         return start_at(self.scheduler, call["strength"])
 
     def _encode(self, call: Call, device: torch.device) -> Conditions:
-        return super()._encode(call, device) | self._known_conditions(call.source, call.batch, device)
+        return super()._encode(call, device) | self._known_conditions(call, device)
 
     def _start(
         self, call: Call, conditions: Conditions, noise_timestep: torch.Tensor | None, device: torch.device
@@ -177,7 +177,7 @@ class InpaintMixin:
 
     def _on_step_end(self, call: Call, conditions: Conditions, timesteps: torch.Tensor) -> sampling.OnStepEnd | None:
         then = super()._on_step_end(call, conditions, timesteps)
-        if self.unet.config.in_channels != conditions["noise"].shape[1] and not self._reimposes_always:
+        if self._unet_sees_known and not self._reimposes_always:
             return then
         return reimpose_known(self.scheduler, timesteps, conditions, then)
 
@@ -196,11 +196,11 @@ class InpaintMixin:
         image, mask_image, output_type = (call[name] for name in ("image", "mask_image", "output_type"))
         if mask_image is None:
             raise ValueError("`mask_image` is missing; white (1) is repainted, black (0) kept.")
-        crop, padding = None, call["padding_mask_crop"]
+        crop, padding, size = None, call["padding_mask_crop"], call.batch.size
         if padding is not None:
-            crop = Crop.around_mask(image, mask_image, call.batch.size, padding, output_type, call["blur_factor"])
+            crop = Crop.around_mask(image, mask_image, size, padding, output_type, call["blur_factor"])
             image, mask_image = crop.image.crop(crop.box), crop.mask_image.crop(crop.box)
-        pixels, masks = self._load_image(image, call.batch), masks_from(mask_image, call.batch.size)
+        pixels, masks = self._load_image(image, call.batch), self._load_masks(mask_image, size)
         call.batch.expand(resize_mask(masks, 1, 1), "mask_image")
         if call["preserve_unmasked"] and (output_type == "latent" or self._is_latents(pixels)):
             raise ValueError("`preserve_unmasked` needs pixels: neither `image` nor the output can be latents.")
@@ -210,6 +210,9 @@ class InpaintMixin:
             soft_masks = [_blurred(mask, call["blur_factor"]) for mask in masks]
             masks = [(mask >= 0.5).float() for mask in soft_masks]
         return Known(pixels, masks, soft_masks, crop)
+
+    def _load_masks(self, mask_image: Images, size: tuple[int, int]) -> list[torch.Tensor]:
+        return masks_from(mask_image, size)
 
     def _warn_of_inverted(self, masks: list[torch.Tensor]) -> None:
         share = max(float(mask.mean()) for mask in masks)
@@ -221,11 +224,10 @@ class InpaintMixin:
                 " (`1 - mask`, `PIL.ImageOps.invert`)."
             )
 
-    def _known_conditions(self, known: Known, batch: Batch, device: torch.device) -> Conditions:
+    def _known_conditions(self, call: Call, device: torch.device) -> Conditions:
         """Latents of the picture, the mask at their size, and both in the form that inpainting UNets take."""
-        latents = self.encode_pixels(known.pixels, device)
-        if len(latents) != batch.images:  # left as they lie in memory where they can be: last bits depend on it
-            latents = batch.expand(latents, "image")
+        known, batch = call.source, call.batch
+        latents = self._encode_known(known.pixels, batch, device)
         keep_mask = keep_mask_at_latent_size(
             known.masks,
             batch.size,
@@ -236,6 +238,11 @@ class InpaintMixin:
         keep_mask = batch.expand(keep_mask.to(latents), "mask_image")
         known_conditions = {"known_latents": latents, "keep_mask": keep_mask}
         return {**known_conditions, "masked_image": latents * keep_mask, "mask_image": keep_mask}
+
+    def _encode_known(self, pixels: torch.Tensor, batch: Batch, device: torch.device) -> torch.Tensor:
+        latents = self.encode_pixels(pixels, device)
+        # left as they lie in memory where they can be: last bits depend on it
+        return latents if len(latents) == batch.images else batch.expand(latents, "image")
 
     def _with_known(self, pixels: torch.Tensor, call: Call) -> torch.Tensor:
         """`pixels` with those outside the mask as they were."""

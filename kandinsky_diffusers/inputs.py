@@ -36,6 +36,22 @@ def as_negatives(negative: Any, count: int, name: str = "negative_prompt") -> li
     return negatives * count if len(negatives) == 1 else negatives
 
 
+def check_alternatives(name: str, texts: Any, states: dict[str, torch.Tensor | None]) -> None:
+    """Raises ValueError where texts and their states are both given, or states without all that belongs to them.
+
+    Args:
+        name: of the argument for the texts.
+        texts: the texts, or None.
+        states: what may be given instead, by the names of the arguments.
+    """
+    given = [key for key, value in states.items() if value is not None]
+    if given and len(given) < len(states):
+        missing = ", ".join(f"`{key}`" for key in states if key not in given)
+        raise ValueError(f"`{given[0]}` is given without {missing}; they belong together.")
+    if given and texts is not None:
+        raise ValueError(f"`{name}` and `{given[0]}` are both given; accepted is one of them.")
+
+
 def as_rows(embeds: Any, width: int, name: str) -> torch.Tensor:
     """Embeddings `[rows, width]` from a tensor or a list of tensors.
 

@@ -42,29 +42,37 @@ class SamplingOptions(TypedDict, total=False):
     callback_on_step_end_tensor_inputs: Annotated[Sequence[str], ("latents",)]
 
 
-class DecoderOptions(SamplingOptions, total=False):
+class DrawingOptions(SamplingOptions, total=False):
     """What every pipeline that makes pictures takes besides.
+
+    Args:
+        output_type: `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"`.
+        callback: older form of `callback_on_step_end`: called with index, timestep and latents.
+        callback_steps: `callback` is called at every such step; None means each.
+    """
+
+    output_type: Annotated[str, "pil"]
+    callback: Annotated[Callable[[int, int, torch.Tensor], None] | None, None]
+    callback_steps: Annotated[int | None, 1]
+
+
+class DecoderOptions(DrawingOptions, total=False):
+    """What the decoders of 2.1 and 2.2 take.
 
     Args:
         height: of the picture in pixels, any.
         width: of the picture in pixels, any.
         num_inference_steps: of the scheduler.
         guidance_scale: 1 draws without guidance.
-        output_type: `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"`.
-        callback: older form of `callback_on_step_end`: called with index, timestep and latents.
-        callback_steps: `callback` is called at every such step; None means each.
     """
 
     height: Annotated[int, 512]
     width: Annotated[int, 512]
     num_inference_steps: Annotated[int, 100]
     guidance_scale: Annotated[float, 4.0]
-    output_type: Annotated[str, "pil"]
-    callback: Annotated[Callable[[int, int, torch.Tensor], None] | None, None]
-    callback_steps: Annotated[int | None, 1]
 
 
-class Img2ImgOptions(DecoderOptions, total=False):
+class ImageStartOptions(TypedDict, total=False):
     """What image-to-image takes besides.
 
     Args:
@@ -74,7 +82,7 @@ class Img2ImgOptions(DecoderOptions, total=False):
     strength: Annotated[float, 0.3]
 
 
-class InpaintOptions(DecoderOptions, total=False):
+class RepaintOptions(TypedDict, total=False):
     """What inpainting takes besides.
 
     Args:
@@ -91,6 +99,14 @@ class InpaintOptions(DecoderOptions, total=False):
     padding_mask_crop: Annotated[int | None, None]
     preserve_unmasked: Annotated[bool, False]
     blur_factor: Annotated[int | None, None]
+
+
+class Img2ImgOptions(ImageStartOptions, DecoderOptions, total=False):
+    """What image-to-image with 2.1 and 2.2 takes."""
+
+
+class InpaintOptions(RepaintOptions, DecoderOptions, total=False):
+    """What inpainting with 2.1 and 2.2 takes."""
 
 
 class PriorOptions(SamplingOptions, total=False):
@@ -140,7 +156,8 @@ def accepts(*options: type, stock: type | None = None) -> Callable[[Callable], C
     """Decorator for a pipeline's `__call__(self, ..., **options)`, which makes its signature an extension of stock's.
 
     Parameters that stock has come first, in stock's order and with stock's defaults, so that calls written for it mean
-    the same; all others follow, by keyword only. The function gets a value for every option.
+    the same; all others follow, by keyword only. A default of None, which leaves the value to the repo's
+    configuration, stays. The function gets a value for every option.
 
     Args:
         options: `TypedDict`s whose fields are `Annotated[type, default]`.
@@ -169,7 +186,8 @@ def _extended(signature: inspect.Signature, options: Sequence[type], stock: type
     of_stock = inspect.signature(stock.__call__).parameters if stock is not None else {}
     first = [name for name in of_stock or own if name in known]
     for name in first:
-        if name in optional and name in of_stock and of_stock[name].default is not inspect.Parameter.empty:
+        decided_here = name in optional and known[name].default is not None
+        if decided_here and name in of_stock and of_stock[name].default is not inspect.Parameter.empty:
             known[name] = known[name].replace(default=of_stock[name].default)
     positional = [known.pop(name).replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in first]
     by_keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in known.values()]

@@ -18,6 +18,7 @@ from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
 
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 SIDE_SCHEDULERS = ("ddpm_scheduler", "ancestral_scheduler")
 
 
@@ -29,10 +30,11 @@ class KandinskyPipelineMixin:
     """
 
     _exact_reference = False
-    _float64_schedulers: tuple[str, ...] = ()  # components for which a scheduler of ours replaces the stock one
+    _float32_components: tuple[str, ...] = ()  # half precision is not for these
+    _adopted_schedulers: tuple[str, ...] = ()  # components for which a scheduler of ours may replace the stock one
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._float64_schedulers or not isinstance(value, SchedulerMixin):
+        if name in self._adopted_schedulers or not isinstance(value, SchedulerMixin):
             value = adopt(value)
         if isinstance(value, UNet2DConditionModel):
             use_dispatched_attention(value)
@@ -40,6 +42,31 @@ class KandinskyPipelineMixin:
         identity = stock_identity(value)
         if identity is not None and name in self.config:
             self.register_to_config(**{name: identity})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """As diffusers does; in a family whose MoVQ needs float32 a half-precision `dtype` is for the other models.
+
+        To have all of them in half precision name each: `dtype={"movq": torch.float16, "default": torch.float16}`.
+        """
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) in HALF_PRECISION and cls._float32_components:
+                kwargs[name] = {"default": kwargs[name], **dict.fromkeys(cls._float32_components, torch.float32)}
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As diffusers does; in a family whose MoVQ needs float32, half precision leaves it as it is."""
+        dtype = kwargs.get("dtype", next((value for value in args if isinstance(value, torch.dtype)), None))
+        if dtype not in HALF_PRECISION or not self._float32_components:
+            return super().to(*args, **kwargs)
+        kept = {name: getattr(self, name) for name in self._float32_components}
+        vars(self).update(dict.fromkeys(kept))  # hidden, not taken off: the configuration stays
+        try:
+            super().to(dtype=dtype)
+        finally:
+            vars(self).update(kept)
+        device = kwargs.get("device", next((value for value in args if not isinstance(value, torch.dtype)), None))
+        return self if device is None else super().to(device)
 
     def exact_reference(self, enabled: bool = True) -> Self:
         """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""

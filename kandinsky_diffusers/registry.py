@@ -13,7 +13,7 @@ import diffusers
 from diffusers.models.unets import unet_2d_condition
 from packaging.specifiers import SpecifierSet
 
-from . import attention, k21, k22, movq, prior, schedulers
+from . import attention, k3, k21, k22, movq, prior, schedulers
 
 
 SUPPORTED_DIFFUSERS = SpecifierSet(">=0.42,<0.43")
@@ -37,6 +37,11 @@ FAMILIES: dict[str, dict[str, tuple[type, type | None]]] = {
         "text2image": (k22.KandinskyV22ControlnetCombinedPipeline, k22.KandinskyV22ControlnetPipeline),
         "image2image": (k22.KandinskyV22ControlnetImg2ImgCombinedPipeline, k22.KandinskyV22ControlnetImg2ImgPipeline),
     },
+    "kandinsky3": {
+        "text2image": (k3.Kandinsky3Pipeline, None),
+        "image2image": (k3.Kandinsky3Img2ImgPipeline, None),
+        "inpainting": (k3.Kandinsky3InpaintPipeline, None),
+    },
 }
 
 # Pipelines that no AutoPipeline finds.
@@ -47,8 +52,12 @@ OTHER_PIPELINES: tuple[type, ...] = (
 )
 
 COMPONENTS: tuple[type, ...] = (
+    k3.Kandinsky3UNet,
     movq.MoVQ,
     prior.CachedPriorTransformer,
+    schedulers.Kandinsky3AncestralScheduler,
+    schedulers.Kandinsky3DDPMScheduler,
+    schedulers.Kandinsky3FlashScheduler,
     schedulers.KandinskyAncestralScheduler,
     schedulers.KandinskyDDIMScheduler,
     schedulers.KandinskyPNDMScheduler,

@@ -58,6 +58,17 @@ def guide_from_uncond(prediction: torch.Tensor, guidance_scale: float | torch.Te
     return uncond + guidance_scale * (cond - uncond)
 
 
+def guide_beyond_cond(prediction: torch.Tensor, guidance_scale: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance of Kandinsky 3.x, `(g + 1) c - g u`.
+
+    Args:
+        prediction: `[2 * batch, ...]`, the unconditional half first.
+        guidance_scale: g; 0 means the conditional prediction alone. May be a tensor that broadcasts against one half.
+    """
+    uncond, cond = prediction.chunk(2)
+    return (guidance_scale + 1.0) * cond - guidance_scale * uncond
+
+
 def guide_keep_variance(prediction: torch.Tensor, guidance_scale: float | torch.Tensor, channels: int) -> torch.Tensor:
     """Guide the first `channels` channels of a learned-variance prediction; the variance is the conditional half's.
 
@@ -111,14 +122,15 @@ def step_end_callback(
         pipeline: handed to the callback.
         conditions: named tensors that *predict* reads at each step; what the callback returns replaces them.
         callback: the user's function, or None.
-        tensor_inputs: which of `"latents"` and the names in `conditions` the callback gets.
+        tensor_inputs: which of `"latents"` and the names in `conditions` the callback gets; None where there is no
+            such condition, such as a negative one without guidance.
     """
     if callback is None:
         return None
 
     def on_step_end(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         named = {"latents": latents, **conditions}
-        changed = dict(callback(pipeline, index, timestep, {name: named[name] for name in tensor_inputs}) or {})
+        changed = dict(callback(pipeline, index, timestep, {name: named.get(name) for name in tensor_inputs}) or {})
         latents = changed.pop("latents", latents)
         conditions.update(changed)
         return latents

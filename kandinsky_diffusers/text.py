@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import ftfy
@@ -21,9 +22,15 @@ def tokenize(tokenizer: Any, texts: list[str], length: int) -> tuple[torch.Tenso
     tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     for ids in tokenizer(texts, truncation=False, verbose=False).input_ids:
         if len(ids) > length:
-            cut = tokenizer.decode(ids[length - 1 : -1])
-            logger.warning(f"A prompt is longer than the {length} tokens that the text encoder takes; cut: {cut!r}")
+            warn_of_cut(
+                tokenizer, ids[length - 1 : -1], f"A prompt is longer than the {length} tokens of the text encoder"
+            )
     return tokens.input_ids, tokens.attention_mask
+
+
+def warn_of_cut(tokenizer: Any, ids: Sequence[int], reason: str) -> None:
+    """Log the text of token ids that are left out, and why."""
+    logger.warning(f"{reason}; cut: {tokenizer.decode(ids)!r}")
 
 
 def clean_text(text: str) -> str:

@@ -77,3 +77,48 @@ def converted_21(goldens_21: GoldenFamily, release_21: Path, tmp_path_factory: p
         original_config=goldens_21.path / "hyperparameters.json",
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def goldens_30() -> GoldenFamily:
+    """The family `kandinsky-3.0` of the golden set in use."""
+    return golden_family("kandinsky-3.0")
+
+
+@pytest.fixture(scope="session")
+def goldens_31() -> GoldenFamily:
+    """The family `kandinsky-3.1` of the golden set in use."""
+    return golden_family("kandinsky-3.1")
+
+
+@pytest.fixture(scope="session")
+def release_30(goldens_30: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Kandinsky 3.0 release, and a whole T5 in its folder ``flan-ul2``. Read only."""
+    return build_release(goldens_30.path, tmp_path_factory.mktemp("release") / "kandinsky-3.0")
+
+
+@pytest.fixture(scope="session")
+def release_31(goldens_31: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Kandinsky 3.1 release. Read only."""
+    return build_release(goldens_31.path, tmp_path_factory.mktemp("release") / "kandinsky-3.1")
+
+
+@pytest.fixture(scope="session")
+def converted_30(goldens_30: GoldenFamily, release_30: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the converted repositories of `release_30`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    config = goldens_30.path / "hyperparameters.json"
+    convert(release_30, output, version="3.0", text_encoder=release_30 / "flan-ul2", original_config=config)
+    return output
+
+
+@pytest.fixture(scope="session")
+def converted_31(goldens_31: GoldenFamily, release_31: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the converted repositories of `release_31`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    convert(release_31, output, version="3.1", original_config=goldens_31.path / "hyperparameters.json")
+    return output

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
-from diffusers.pipelines import auto_pipeline, kandinsky, kandinsky2_2, pipeline_loading_utils
+from diffusers.pipelines import auto_pipeline, kandinsky, kandinsky2_2, kandinsky3, pipeline_loading_utils
 
 import kandinsky_diffusers
 from kandinsky_diffusers import KandinskyAncestralScheduler, KandinskyPipeline, registry
@@ -24,6 +24,12 @@ AUTO = {
     "inpainting": AutoPipelineForInpainting,
 }
 STOCK_FAMILIES = {"kandinsky": kandinsky}
+STOCK = (kandinsky, kandinsky2_2, kandinsky3)
+NEW = {
+    "KandinskyV22ControlnetCombinedPipeline",
+    "KandinskyV22ControlnetImg2ImgCombinedPipeline",
+    "Kandinsky3InpaintPipeline",
+}
 PIPELINES = [cls for family in registry.FAMILIES.values() for entry in family.values() for cls in entry if cls]
 
 
@@ -47,10 +53,9 @@ def fresh_registration() -> Iterator[None]:
 
 @pytest.mark.parametrize("cls", [*PIPELINES, *registry.OTHER_PIPELINES], ids=lambda cls: cls.__name__)
 def test_a_pipeline_with_a_stock_name_is_a_stock_pipeline(cls: type) -> None:
-    stock = getattr(kandinsky, cls.__name__, getattr(kandinsky2_2, cls.__name__, None))
+    stock = next((getattr(of, cls.__name__) for of in STOCK if hasattr(of, cls.__name__)), None)
     if stock is None:
-        assert cls.__name__.startswith("KandinskyV22Controlnet")
-        assert cls.__name__.endswith("CombinedPipeline")
+        assert cls.__name__ in NEW
     else:
         assert issubclass(cls, stock)
         assert cls is not stock

@@ -15,12 +15,13 @@ from .reader import check_zip, file_sha256
 from .recipe import FilesComponent, Inputs, ModelComponent, Release, Repo
 from .record import Record, SourceRecord, write_card
 from .repository import Output, Progress, RepoWriter
-from .sources import choose_release, choose_repos, find_folder, open_files, read_config
+from .sources import choose_release, choose_repos, find_companion, find_folder, open_files, read_config
 from .staging import Staging, check_free, check_space
 from .writer import parse_size
 
 
-COMPANION_FILES = ("*.json", "*.txt", "model.safetensors")
+# a model that a release needs and does not contain: where it is published
+COMPANIONS = {"clip": "openai/clip-vit-large-patch14", "text_encoder": "google/flan-ul2"}
 _MARGIN = 50 * 10**6  # bytes for configurations, tokenizers and cards
 
 
@@ -50,9 +51,11 @@ def convert(
     variant: str | None = None,
     max_shard_size: str | int = "5GB",
     original_config: str | Path | Mapping[str, Any] | None = None,
-    clip: str | Path = "openai/clip-vit-large-patch14",
+    clip: str | Path = COMPANIONS["clip"],
+    text_encoder: str | Path = COMPANIONS["text_encoder"],
     drop: Sequence[str] = (),
     layout: str = "split",
+    link_shared: bool = False,
     overwrite: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
@@ -69,10 +72,12 @@ def convert(
         variant: ``fp16`` or ``bf16``: casts (MoVQ keeps its own dtype) and names the files accordingly.
         max_shard_size: size of a weight file, such as ``5GB``.
         original_config: the original's configuration, as JSON file or read, for what shapes cannot tell.
-        clip: folder or Hub id of the ``CLIPModel`` that the release needs.
+        clip: folder or Hub id of the ``CLIPModel`` that 2.1 needs.
+        text_encoder: folder or Hub id of the T5 whose encoder 3.0 needs.
         drop: glob patterns of keys to leave out.
         layout: ``split`` writes one repository for the prior and one for each decoder; ``combined`` puts the prior
             into each decoder's, which then needs no other.
+        link_shared: whether files that several repositories share are hard links, and take space once.
         overwrite: whether to replace repositories that are there.
         verify: whether to read everything back, compare it with the source, and run each repository once.
         progress: makes progress bars; called with tqdm's arguments, ``tqdm.tqdm`` itself for example.
@@ -81,19 +86,19 @@ def convert(
         ConversionError: anything is wrong; ``output`` is then as it was.
     """
     output = Path(output)
-    options = Output(dtype, variant, parse_size(max_shard_size), progress)
+    options = Output(dtype, variant, parse_size(max_shard_size), progress, link_shared)
     config = read_config(original_config)
     folder = find_folder(source, "source")
     release = choose_release(folder, version, layout)
     folders = dict(release.roots(folder))
     repos, skipped = choose_repos(release, folders)
     check_free(output, [repo.name for repo in repos], overwrite, folders.values())
-    inputs = _open(release, repos, folders, {"clip": clip}, config)
+    inputs = _open(release, repos, folders, {"clip": clip, "text_encoder": text_encoder}, config)
     plans = {plan.component: plan for plan in plan_models(_models(repos), inputs, drop)}
     try:
         with Staging(output) as staging, _Hashes(inputs) as hashes:
             writer = RepoWriter(staging.folder, inputs, plans, options)
-            check_space(output, sum(map(writer.size, repos)) + _MARGIN)
+            check_space(output, writer.size(repos) + _MARGIN)
             written = {repo: writer.write(repo) for repo in repos}
             checks = _verify(written, writer) if verify else {}
             record = Record.of(release, inputs, plans, options, hashes.result())
@@ -114,7 +119,8 @@ def _open(
 ) -> Inputs:
     names = list(dict.fromkeys(part.file for model in _models(repos) for part in model.parts))
     for root in ({release.file(name).root for name in names} & companions.keys()) - folders.keys():
-        folders[root] = find_folder(companions[root], root, COMPANION_FILES)
+        wanted = [path for file in release.files if file.root == root for path in file.paths]
+        folders[root] = find_companion(companions[root], root, wanted)
     inputs = Inputs(folders, open_files(release, names, folders), config)
     for component in dict.fromkeys(c for repo in repos for c in repo.components if isinstance(c, FilesComponent)):
         component.check(inputs)
@@ -139,10 +145,8 @@ class _Hashes:
 
     def __enter__(self) -> _Hashes:
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._futures: dict[str, dict[Path, Future[str]]] = {
-            name: {path: self._pool.submit(_checked_sha256, path) for path in file.paths}
-            for name, file in self._inputs.files.items()
-        }
+        paths = dict.fromkeys(path for file in self._inputs.files.values() for path in file.paths)
+        self._futures: dict[Path, Future[str]] = {path: self._pool.submit(_checked_sha256, path) for path in paths}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -150,8 +154,8 @@ class _Hashes:
 
     def result(self) -> dict[str, list[SourceRecord]]:
         return {
-            name: [SourceRecord(path, future.result()) for path, future in futures.items()]
-            for name, futures in self._futures.items()
+            name: [SourceRecord(path, self._futures[path].result()) for path in file.paths]
+            for name, file in self._inputs.files.items()
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import ConversionError
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weight_paths(folder: str, library: str) -> tuple[str, ...]:
     """Where the weights of a component may lie, the best first: safetensors, then pickles, then half precision."""
-    return tuple(f"{folder}/{name}" for variant in _VARIANTS for name in _weight_names(library, variant))
+    return tuple(str(PurePosixPath(folder, name)) for variant in _VARIANTS for name in _weight_names(library, variant))
 
 
 def _weight_names(library: str, variant: str) -> Iterator[str]:

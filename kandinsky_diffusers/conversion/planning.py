@@ -49,7 +49,7 @@ def plan_model(component: ModelComponent, inputs: Inputs, drop: Sequence[str] = 
     model, expected = None, None
     if config is not None:
         model = build_on_meta(component, config, title)
-        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        expected = expected_shapes(model)
     tables = {part: part.rules(config or {}) for part in component.parts if part in present or config is not None}
     table = sum((tables[part] for part in present), RuleTable())
     rest = sum((tables[part] for part in absent if part in tables), RuleTable())
@@ -102,6 +102,14 @@ def build_on_meta(component: ModelComponent, config: dict[str, Any], title: str)
             return cls(cls.config_class(**config)) if getattr(cls, "config_class", None) else cls.from_config(config)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ConversionError(f"{title}: the sizes {config} do not make a model: {error}") from error
+
+
+def expected_shapes(model: Any) -> Shapes:
+    """Key to shape of all tensors that a model's file has to hold; of tied ones, which are the same, the first."""
+    first: dict[int, tuple[str, Any]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        first.setdefault(id(tensor), (key, tensor))
+    return {key: tuple(tensor.shape) for key, tensor in first.values()}
 
 
 def _merge(component: ModelComponent, inputs: Inputs) -> Shapes:

@@ -37,10 +37,11 @@ def plan(
     """
     exact = {key: tuple(shape) for key, shape in shapes.items()}
     for known in releases():
-        source = known.recognise(exact) if version in ("auto", known.version) else None
-        if source is not None:
-            file = _Keys(Path(source.paths[0]), exact)
-            return plan_all(known, Inputs({}, {source.name: file}, read_config(original_config)), drop)
+        sources = known.recognise(exact) if version in ("auto", known.version) else []
+        if sources:
+            file = _Keys(Path(sources[0].paths[0]), exact)
+            inputs = Inputs({}, known.parts_of(file, sources[0]), read_config(original_config))
+            return plan_all(known, inputs, drop)
     what = "any release" if version == "auto" else f"Kandinsky {version}"
     raise ConversionError(f"These {len(exact)} keys are not those of a file of {what}.")
 
@@ -51,22 +52,26 @@ def plan_source(
     version: str = "auto",
     original_config: str | Path | Mapping[str, Any] | None = None,
     clip: str | Path | None = None,
+    text_encoder: str | Path | None = None,
     drop: Sequence[str] = (),
     layout: str = "split",
 ) -> tuple[Found, list[ModelPlan]]:
     """Plan what lies at ``source``: a release, a folder of inventories, or a single file of either kind.
 
-    Nothing is read but keys and shapes.  The CLIP model is planned if ``clip`` is a local folder.
+    Nothing is read but keys and shapes.  CLIP and the text encoder of 3.0 are planned if they are local folders.
 
     Raises:
         ConversionError: nothing is recognised, or something does not add up.
     """
-    found = find_for_planning(Path(source), version, clip, read_config(original_config), layout)
+    companions = {"clip": clip, "text_encoder": text_encoder}
+    found = find_for_planning(Path(source), version, companions, read_config(original_config), layout)
     return found, plan_all(found.release, found.inputs, drop)
 
 
 class _Keys(WeightFile):
     """Keys and shapes in the role of a file."""
+
+    has_weights = False
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(path, {})

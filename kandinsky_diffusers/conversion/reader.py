@@ -40,6 +40,8 @@ class WeightFile:
         named: whether the keys come from the file; else they are numbers.
     """
 
+    has_weights = True
+
     def __init__(self, path: Path, tensors: Mapping[str, Any], named: bool = True) -> None:
         self.path = path
         self.named = named
@@ -63,6 +65,41 @@ class WeightFile:
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor called ``key``, as a view of the mapped file where the format allows it."""
         return self._tensors[key]
+
+
+class RenamedFile(WeightFile):
+    """Some of the tensors of a file, under other names.
+
+    Args:
+        file: the file.
+        keys: new name to the name in the file.
+    """
+
+    def __init__(self, file: WeightFile, keys: Mapping[str, str]) -> None:
+        super().__init__(file.path, {}, file.named)
+        self.has_weights = file.has_weights
+        self._file, self._keys = file, keys
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that it consists of."""
+        return self._file.paths
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Key to shape."""
+        shapes = self._file.shapes
+        return {key: shapes[own] for key, own in self._keys.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Key to the dtype's name, such as ``float16``."""
+        dtypes = self._file.dtypes
+        return {key: dtypes[own] for key, own in self._keys.items() if own in dtypes}
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The tensor called ``key``."""
+        return self._file.tensor(self._keys[key])
 
 
 class SafetensorsFile(WeightFile):
@@ -143,6 +180,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 class InventoryFile(WeightFile):
     """Only the keys and shapes of a file, from JSON: ``{"tensors": {"key": [4, 3], ...}}``, gzipped or not."""
+
+    has_weights = False
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, {})

@@ -6,7 +6,7 @@ A family fills these records in; the engine reads them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ConversionError
 from .matching import Shapes
-from .reader import WeightFile
+from .reader import RenamedFile, WeightFile
 from .rules import RuleTable
 
 
@@ -32,6 +32,8 @@ class SourceFile:
         recognises: tells from keys and shapes whether a file is this one.
         root: ``"release"``, or the name of another folder, see :class:`Release`.
         names: names of the tensors, for a file that holds them without.
+        renamed: how keys may begin, and what is put in the place of that; the first that fits counts.  None leaves the
+            key to another source file with the same path.  So a dict in the file can be a source file of its own.
     """
 
     name: str
@@ -39,6 +41,24 @@ class SourceFile:
     recognises: Callable[[Shapes], bool]
     root: str = "release"
     names: tuple[str, ...] = ()
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
+
+    def recognises_all(self, shapes: Shapes) -> bool:
+        """Whether a file with these keys has this one in it."""
+        return self.recognises({own: shapes[key] for own, key in self._own_names(shapes).items()})
+
+    def view(self, file: WeightFile) -> WeightFile:
+        """What of ``file`` is this one, under the names that rules use."""
+        return RenamedFile(file, self._own_names(file.shapes)) if self.renamed else file
+
+    def _own_names(self, keys: Iterable[str]) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for key in keys:
+            start = next((start for start in self.renamed if key.startswith(start)), "")
+            new = self.renamed.get(start, "")
+            if new is not None:
+                names[new + key.removeprefix(start)] = key
+        return names
 
 
 @dataclass
@@ -76,6 +96,10 @@ class Inputs:
             return path.name
         return path.relative_to(release).as_posix()
 
+    def argument(self, file: str, name: str, default: Any) -> Any:
+        """What the original configuration gives the constructor for a published file, or ``default``."""
+        return self.original_config.get(file, {}).get(name, default)
+
     def setting(self, path: str, default: Any) -> Any:
         """An entry of the original configuration, by a dotted path, or ``default``."""
         node: Any = self.original_config
@@ -96,17 +120,17 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Component:
-    """A folder of a repository, and its entry ``[library, class_name]`` in ``model_index.json``."""
+    """A folder of a repository, and its entry ``[library, class_name]`` in ``model_index.json``.
+
+    Args:
+        name: the folder.
+        library: as in ``model_index.json``; it may also be a pipeline folder of diffusers.
+        class_name: likewise.
+    """
 
     name: str
     library: str
     class_name: str
-
-    def load_class(self) -> Any:
-        """The class; as in ``model_index.json``, a library may also be a pipeline folder of diffusers."""
-        folder = f"diffusers.pipelines.{self.library}"
-        module = import_module(folder if find_spec(folder) else self.library)
-        return getattr(module, self.class_name)
 
     def entry(self, inputs: Inputs) -> list[str]:
         """Library and class, as ``model_index.json`` has them."""
@@ -122,23 +146,39 @@ class ModelComponent(Component):
         configure: the model's configuration from the shapes of the first part and the other inputs; None where the
             file that tells it is not among them.
         keep_float32: whether a ``variant`` leaves this model in float32.
+        module: where the class lies, if not in the library.
     """
 
     parts: tuple[Part, ...] = ()
     configure: Callable[[Shapes, Inputs], dict[str, Any] | None] = lambda shapes, inputs: {}
     keep_float32: bool = False
+    module: str = ""
+
+    def load_class(self) -> Any:
+        """The class."""
+        folder = f"diffusers.pipelines.{self.library}"
+        module = self.module or (folder if find_spec(folder) else self.library)
+        return getattr(import_module(module), self.class_name)
 
 
 @dataclass(frozen=True, eq=False)
 class ConfigComponent(Component):
-    """A scheduler or another object that its class can write from a ``config``; ``module`` is where the class lies."""
+    """A scheduler or another object that a class can write from a ``config``.
+
+    Args:
+        config: arguments of the class.
+        module: where the class lies.
+        writer: the class, if it is another than the one that is to load what it writes.
+    """
 
     config: Config = field(default_factory=dict)
     module: str = "diffusers"
+    writer: str = ""
 
     def write(self, folder: Path) -> None:
         """Write the configuration of a fresh object."""
-        getattr(import_module(self.module), self.class_name)(**self.config).save_pretrained(folder)
+        cls = getattr(import_module(self.module), self.writer or self.class_name)
+        cls(**self.config).save_pretrained(folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,9 +269,15 @@ class Release:
         """The source file called ``name``."""
         return next(file for file in self.files if file.name == name)
 
-    def recognise(self, shapes: Shapes) -> SourceFile | None:
-        """The file of this release that has these keys, if any."""
-        return next((file for file in self.files if file.recognises(shapes)), None)
+    def recognise(self, shapes: Shapes) -> list[SourceFile]:
+        """The files of this release that a file with these keys may be; see :meth:`parts_of` for all that is in it."""
+        return [file for file in self.files if file.recognises_all(shapes)]
+
+    def parts_of(self, file: WeightFile, chosen: SourceFile) -> dict[str, WeightFile]:
+        """By name, what is in ``file`` if it is ``chosen``: this, and others that are published in the same file."""
+        place = (chosen.root, chosen.paths)
+        others = [other for other in self.recognise(file.shapes) if (other.root, other.paths) == place]
+        return {source.name: source.view(file) for source in dict.fromkeys((chosen, *others))}
 
     @property
     def models(self) -> list[ModelComponent]:

@@ -15,13 +15,24 @@ from .hub_source import find_pipelines
 from .recipe import Release
 
 
-CONVERTIBLE = {"2.1": "kandinsky_diffusers.k21.variants", "2.2": "kandinsky_diffusers.k22.variants"}
+CONVERTIBLE = {
+    "2.1": "kandinsky_diffusers.k21.variants:RELEASE",
+    "2.2": "kandinsky_diffusers.k22.variants:RELEASE",
+    "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
+    "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
+}
 
 PUBLISHED_FILES = {
     "2.0": ("Kandinsky-2-0.pt", "Kandinsky-2-0-inpainting.pt", "vae.ckpt", "text_encoder1", "text_encoder2"),
     "2.1": ("decoder_fp16.ckpt", "inpainting_fp16.ckpt", "prior_fp16.ckpt", "movq_final.ckpt", "ViT-L-14_stats.th"),
-    "3.1": ("weights/kandinsky3_flash.pt", "weights/flan_ul2_encoder"),
-    "3.0": ("weights/kandinsky3.pt", "weights/kandinsky3_inpainting.pt", "weights/movq.pt"),
+    "3.0": ("kandinsky3.pt", "kandinsky3_inpainting.pt", "movq.pt"),
+    "3.1": (
+        "kandinsky3.pt",
+        "kandinsky3_inpainting.pt",
+        "movq.pt",
+        "kandinsky3_flash.pt",
+        "flan_ul2_encoder",
+    ),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
 }
 
@@ -38,7 +49,8 @@ def release(version: str) -> Release:
     if version not in CONVERTIBLE:
         known = ", ".join(CONVERTIBLE)
         raise ConversionError(f"version is {version!r}; accepted are auto, {known}.")
-    return import_module(CONVERTIBLE[version]).RELEASE
+    module, _, name = CONVERTIBLE[version].partition(":")
+    return getattr(import_module(module), name)
 
 
 def releases() -> Iterable[Release]:
@@ -47,8 +59,15 @@ def releases() -> Iterable[Release]:
 
 
 def guess_version(folder: Path) -> str | None:
-    """The version whose published files the folder holds most of, else whose repositories it holds, or None."""
-    found = {version: sum((folder / name).exists() for name in names) for version, names in PUBLISHED_FILES.items()}
+    """The version whose published files the folder holds most of, else whose repositories it holds, or None.
+
+    Of two versions with as many files there, it is the older one.
+    """
+    places = (folder, folder / "weights")  # where the releases of 3.x have them
+    found = {
+        version: sum(any((place / name).exists() for place in places) for name in names)
+        for version, names in PUBLISHED_FILES.items()
+    }
     best = max(found, key=lambda version: found[version])
     return best if found[best] else _guess_from_pipelines(find_pipelines(folder).values())
 

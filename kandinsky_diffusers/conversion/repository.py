@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
@@ -50,12 +50,14 @@ class Output:
         variant: part of the file names, and the dtype that belongs to it (``fp16``, ``bf16``).
         max_shard_size: bytes per file.
         progress: makes a progress bar, with tqdm's arguments; None for none.
+        link_shared: whether a model that several repositories have is hard-linked instead of copied.
     """
 
     dtype: str = "auto"
     variant: str | None = None
     max_shard_size: int = 5 * 10**9
     progress: Progress | None = None
+    link_shared: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -90,7 +92,7 @@ class _Silent:
 
 @dataclass
 class RepoWriter:
-    """Writes repositories below ``folder``; a model that several have is converted once and then copied.
+    """Writes repositories below ``folder``; a model that several have is converted once and then copied or linked.
 
     Args:
         folder: where to.
@@ -124,9 +126,12 @@ class RepoWriter:
         write_json(target / "model_index.json", model_index(repo, self.inputs))
         return target
 
-    def size(self, repo: Repo) -> int:
-        """Bytes of the weights of a repository."""
-        return sum(entry.size for model in repo.models for entry in self.entries(self.plans[model]))
+    def size(self, repos: Iterable[Repo]) -> int:
+        """Bytes that the weights of repositories need."""
+        models = [model for repo in repos for model in repo.models]
+        if self.output.link_shared:
+            models = list(dict.fromkeys(models))
+        return sum(entry.size for model in models for entry in self.entries(self.plans[model]))
 
     def entries(self, plan: ModelPlan) -> list[Entry]:
         """The tensors of a model, in the order in which they are made."""
@@ -144,7 +149,7 @@ class RepoWriter:
         twin = self._done.setdefault(component, place)
         if twin is not place:
             with closing(self.output.bar(folder_size(twin), text)) as bar:
-                copy_folder(twin, place, bar.update)
+                copy_folder(twin, place, bar.update, link=self.output.link_shared)
             return
         write_config(plan, entries, place)
         with closing(self.output.bar(sum(entry.size for entry in entries), text)) as bar:
@@ -223,10 +228,13 @@ def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def copy_folder(source: Path, target: Path, advance: Callable[[int], None]) -> None:
-    """Copy the files of a folder, and make sure that they are on the disk."""
+def copy_folder(source: Path, target: Path, advance: Callable[[int], None], link: bool = False) -> None:
+    """Copy the files of a folder, and make sure that they are on the disk; or make hard links to them."""
     for path in sorted(source.iterdir()):
-        shutil.copyfile(path, target / path.name)
-        with (target / path.name).open("rb") as file:
-            os.fsync(file.fileno())
+        if link:
+            os.link(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+            with (target / path.name).open("rb") as file:
+                os.fsync(file.fileno())
         advance(path.stat().st_size)

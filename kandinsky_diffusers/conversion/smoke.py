@@ -24,9 +24,14 @@ def run_decoder(pipe: Any, width: int, **inputs: Any) -> list[Any]:
     return _draw(pipe, image_embeds=embeds, negative_image_embeds=embeds, **inputs)
 
 
+def run(pipe: Any, **inputs: Any) -> list[Any]:
+    """The picture that a pipeline makes of a text."""
+    return _draw(pipe, prompt=_PROMPT, **inputs)
+
+
 def run_combined(pipe: Any, **inputs: Any) -> list[Any]:
     """The picture that a pipeline with a prior makes of a text."""
-    return _draw(pipe, prompt=_PROMPT, prior_num_inference_steps=2, **inputs)
+    return run(pipe, prior_num_inference_steps=2, **inputs)
 
 
 def text() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .releases import guess_version, release, releases
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SMALL_FILES = ("*.json", "*.txt", "*.model")
 WEIGHT_ENDINGS = (".ckpt", ".pt", ".pth", ".th", ".bin", ".safetensors")
 
 
@@ -36,10 +37,29 @@ def find_folder(place: str | Path, what: str, patterns: Sequence[str] = ()) -> P
     try:
         return Path(snapshot_download(str(place), allow_patterns=list(patterns) or None))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConversionError(
-            f"{what} is {str(place)!r}: there is no such folder, and the Hub does not give it: {reason}"
-        ) from error
+        raise _not_given(what, str(place), error) from error
+
+
+def find_companion(place: str | Path, what: str, weights: Sequence[str]) -> Path:
+    """A folder with a model in the Hub's format, see :func:`find_folder`; of a download, only what is needed.
+
+    Args:
+        place: folder or Hub id.
+        what: name for messages.
+        weights: where its weights may lie, the best first.
+
+    Raises:
+        ConversionError: see :func:`find_folder`.
+    """
+    folder = find_folder(place, what, (*SMALL_FILES, "*.safetensors"))
+    if any((folder / path).is_file() for path in weights):
+        return folder
+    return find_folder(place, what, (*SMALL_FILES, "*.bin"))
+
+
+def _not_given(what: str, repo: str, error: Exception) -> ConversionError:
+    reason = str(error).strip().partition("\n")[0]
+    return ConversionError(f"{what} is {repo!r}: there is no such folder, and the Hub does not give it: {reason}")
 
 
 def read_config(path: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -121,12 +141,12 @@ def open_known(chosen: Release, source: SourceFile, folders: Mapping[str, Path])
         also = f", and so are {others[0]} and its other forms" if others else ""
         raise ConversionError(f"{name} is missing in {folders[source.root]}{also}.")
     file = open_weights(path, source.names)
-    other = None if source.recognises(file.shapes) else identify(file)
+    other = None if source.recognises_all(file.shapes) else identify(file)
     if other is not None:
         raise ConversionError(
             f"{path} is not the {source.name} of {chosen.title}; it looks like the {other[1]} of Kandinsky {other[0]}."
         )
-    return file
+    return source.view(file)
 
 
 def open_any(path: Path) -> WeightFile:
@@ -145,11 +165,17 @@ def open_any(path: Path) -> WeightFile:
 
 def identify(file: WeightFile) -> tuple[str, str] | None:
     """Version and part (``"2.1"``, ``"movq"``) that the keys and shapes of a file tell, or None."""
+    found = next(iter(candidates(file)), None)
+    return found and (found[0].version, found[1].name)
+
+
+def candidates(file: WeightFile) -> list[tuple[Release, SourceFile]]:
+    """What a file may be by its keys and shapes, those first that are published under its name."""
     shapes = file.shapes
-    for known in releases():
-        if (source := known.recognise(shapes)) is not None:
-            return known.version, source.name
-    return None
+    found = [(known, source) for known in releases() for source in known.recognise(shapes)]
+    published = [{Path(path).name for path in source.paths} for _, source in found]
+    first = [pair for pair, names in zip(found, published, strict=True) if file.path.name in names]
+    return [*first, *(pair for pair in found if pair not in first)]
 
 
 @dataclass(frozen=True)
@@ -162,7 +188,11 @@ class Found:
 
 
 def find_for_planning(
-    place: Path, version: str, clip: str | Path | None, config: Mapping[str, Any], layout: str = "split"
+    place: Path,
+    version: str,
+    companions: Mapping[str, str | Path | None],
+    config: Mapping[str, Any],
+    layout: str = "split",
 ) -> Found:
     """Open everything that can be planned: one file, a folder of inventories, or what there is of a release.
 
@@ -176,29 +206,34 @@ def find_for_planning(
         return _found(inventories, version, config)
     chosen = choose_release(folder, version, layout)
     folders = dict(chosen.roots(folder))
-    if clip is not None and Path(clip).is_dir():
-        folders["clip"] = Path(clip)
+    folders |= {root: Path(folder) for root, folder in companions.items() if folder and Path(folder).is_dir()}
     names = [file.name for file in chosen.files if _locate(file, folders)]
     return Found(chosen, Inputs(folders, open_files(chosen, names, folders), config))
 
 
 def _found(paths: Sequence[Path], version: str, config: Mapping[str, Any]) -> Found:
-    files: dict[str, dict[str, WeightFile]] = {}
+    found: dict[str, dict[str, WeightFile]] = {}
     ignored = []
     for path in paths:
         file = open_any(path)
-        known, part = identify(file) or ("", "")
-        if not known or version not in ("auto", known):
-            ignored.append(f"{path.name} ({f'Kandinsky {known}, {part}' if known else 'unknown'})")
-        elif part in files.setdefault(known, {}):
-            raise ConversionError(f"{path} and {files[known][part].path} are both the {part} of Kandinsky {known}.")
-        else:
-            files[known][part] = file
-    if len(files) != 1:
+        choices = candidates(file)
+        wanted = [(known, source) for known, source in choices if version in ("auto", known.version)]
+        if not wanted:
+            also = f"Kandinsky {choices[0][0].version}, {choices[0][1].name}" if choices else "unknown"
+            ignored.append(f"{path.name} ({also})")
+            continue
+        known = wanted[0][0]
+        parts = found.setdefault(known.version, {})
+        free = [source for other, source in wanted if other is known and source.name not in parts]
+        if not free:
+            twin = parts[wanted[0][1].name].path
+            raise ConversionError(f"{path} and {twin} are both the {wanted[0][1].name} of Kandinsky {known.version}.")
+        parts |= known.parts_of(file, free[0])
+    if len(found) != 1:
         what = f"of Kandinsky {version}" if version != "auto" else "of one version that can be converted"
-        raise ConversionError(f"No file {what}: {', '.join(ignored) or ', '.join(files)}.")
-    ((known, parts),) = files.items()
-    return Found(release(known), Inputs(_roots(release(known), parts), parts, config), tuple(ignored))
+        raise ConversionError(f"No file {what}: {', '.join(ignored) or ', '.join(found)}.")
+    ((name, parts),) = found.items()
+    return Found(release(name), Inputs(_roots(release(name), parts), parts, config), tuple(ignored))
 
 
 def _roots(chosen: Release, files: Mapping[str, WeightFile]) -> dict[str, Path]:

@@ -89,6 +89,21 @@ class DropLeadingAxis:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """A vector, or one with leading axes of length 1, becomes a vector ``[n]``; undone, it stays one."""
+
+    @property
+    def inverse(self) -> Flatten:
+        return self
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for tensor in tensors:
+            if tensor.ndim == 0 or tensor.numel() != tensor.shape[-1]:
+                raise ValueError(f"shape {list(tensor.shape)} is not that of a vector")
+        return tuple(tensor.reshape(-1) for tensor in tensors)
+
+
+@dataclass(frozen=True)
 class Transpose:
     """Swap two axes."""
 

@@ -47,7 +47,7 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
 
     model_cpu_offload_seq = "prior_text_encoder->prior_image_encoder->prior_prior->text_encoder->unet->movq"
     _exclude_from_cpu_offload = ()
-    _float64_schedulers = ("prior_scheduler",)
+    _adopted_schedulers = ("prior_scheduler",)
     _callback_tensor_inputs = KandinskyPipeline._callback_tensor_inputs
     _prior_class = KandinskyPriorPipeline
     _decoder_class = KandinskyPipeline

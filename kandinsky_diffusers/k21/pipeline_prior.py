@@ -18,7 +18,7 @@ class KandinskyPriorPipeline(PriorPipeline, StockKandinskyPriorPipeline):
     CLIP, which the original uses.
     """
 
-    _float64_schedulers = ("scheduler",)
+    _adopted_schedulers = ("scheduler",)
 
     def _cleaned(self, text: str) -> str:
         return clean_text(text)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 
 import torch
 
-from ..inputs import as_negatives, as_prompts
+from ..inputs import as_negatives, as_prompts, check_alternatives
 from ..text import tokenize
 
 
@@ -52,9 +52,9 @@ class TextInputs:
     def __post_init__(self) -> None:
         if self.prompt is None and self.prompt_embeds is None:
             raise ValueError("`prompt` is missing; accepted is a str, a list of str, or `prompt_embeds` instead.")
-        _check_alternatives("prompt", self.prompt, self.prompt_embeds, self.pooled_prompt_embeds)
-        negative_states = (self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
-        _check_alternatives("negative_prompt", self.negative_prompt, *negative_states)
+        for sign in ("", "negative_"):
+            states = {name: getattr(self, name) for name in (f"{sign}prompt_embeds", f"{sign}pooled_prompt_embeds")}
+            check_alternatives(f"{sign}prompt", getattr(self, f"{sign}prompt"), states)
         as_negatives(self.negative_prompt, self.count)
 
     @classmethod
@@ -78,13 +78,6 @@ class TextInputs:
         if self.negative_prompt_embeds is not None and self.negative_pooled_prompt_embeds is not None:
             return self.negative_prompt_embeds, self.negative_pooled_prompt_embeds
         return encode(as_negatives(self.negative_prompt, self.count))
-
-
-def _check_alternatives(name: str, texts: Any, hidden: torch.Tensor | None, pooled: torch.Tensor | None) -> None:
-    if (hidden is None) != (pooled is None):
-        raise ValueError(f"`{name}_embeds` and its pooled states belong together; one of them is missing.")
-    if hidden is not None and texts is not None:
-        raise ValueError(f"`{name}` and `{name}_embeds` are both given; accepted is one of them.")
 
 
 def encode_texts(

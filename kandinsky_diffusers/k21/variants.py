@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .. import movq_weights
 from ..conversion import smoke
 from ..conversion.files import copy_clip_image_processor, copy_tokenizer, image_processor_check, tokenizer_check
 from ..conversion.recipe import (
@@ -28,7 +29,7 @@ FILES = (
     SourceFile("inpainting", ("inpainting_fp16.ckpt",), partial(weights.is_unet, in_channels=9)),
     SourceFile("prior", ("prior_fp16.ckpt",), weights.is_prior),
     SourceFile("stats", ("ViT-L-14_stats.th",), weights.is_stats, names=("clip_mean", "clip_std")),
-    SourceFile("movq", ("movq_final.ckpt",), weights.is_movq),
+    SourceFile("movq", ("movq_final.ckpt",), movq_weights.is_movq),
     SourceFile(
         "text_encoder",
         ("text_encoder/pytorch_model.bin", "text_encoder/model.safetensors"),
@@ -101,8 +102,8 @@ MOVQ = ModelComponent(
     "movq",
     "diffusers",
     "VQModel",
-    parts=(Part("movq", weights.movq_rules),),
-    configure=weights.movq_config,
+    parts=(Part("movq", movq_weights.movq_rules),),
+    configure=movq_weights.movq_config,
     keep_float32=True,
 )
 

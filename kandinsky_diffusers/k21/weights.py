@@ -14,6 +14,7 @@ from ..conversion.errors import ConversionError
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config, Inputs
 from ..conversion.rules import Drop, RuleTable, rename, split
+from ..conversion.shapes import count_modules, shape_of
 from ..conversion.transforms import AddLeadingAxis, SplitHeads, Squeeze
 
 
@@ -38,14 +39,14 @@ def is_unet(shapes: Shapes, in_channels: int) -> bool:
 def unet_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``UNet2DConditionModel`` (original: ``Text2ImUNet`` and ``InpaintText2ImUNet``)."""
     layers = _layers_per_block(shapes)
-    firsts = range(1, 1 + _count(shapes, "input_blocks"), layers + 1)
+    firsts = range(1, 1 + count_modules(shapes, "input_blocks"), layers + 1)
     attention = [f"input_blocks.{first}.1.qkv.weight" in shapes for first in firsts]
-    channels = [_shape(shapes, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
-    context_dim, text_dim = _shape(shapes, "to_model_dim_n.weight")
+    channels = [shape_of(shapes, f"input_blocks.{first}.0.out_layers.3.weight")[0] for first in firsts]
+    context_dim, text_dim = shape_of(shapes, "to_model_dim_n.weight")
     return {
         "sample_size": inputs.setting("model_config.image_size", 64),
-        "in_channels": _shape(shapes, "input_blocks.0.0.weight")[1],
-        "out_channels": _shape(shapes, "out.2.weight")[0],
+        "in_channels": shape_of(shapes, "input_blocks.0.0.weight")[1],
+        "out_channels": shape_of(shapes, "out.2.weight")[0],
         "down_block_types": [ATTENTION_DOWN if level else PLAIN_DOWN for level in attention],
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
         "up_block_types": [ATTENTION_UP if level else PLAIN_UP for level in reversed(attention)],
@@ -119,7 +120,7 @@ def _unet_paths(config: Config) -> dict[str, dict[str, str]]:
 def _layers_per_block(shapes: Shapes) -> int:
     """The up path has one residual block more per level than the down path, and an upsampler after the last one."""
     ends = [int(found[1]) for key in shapes if (found := re.match(r"output_blocks\.(\d+)\.[12]\.in_layers\.0", key))]
-    return min(ends) if ends else _count(shapes, "output_blocks") - 1
+    return min(ends) if ends else count_modules(shapes, "output_blocks") - 1
 
 
 def _unet_head_dim(widths: list[int], inputs: Inputs) -> int:
@@ -146,7 +147,7 @@ def is_stats(shapes: Shapes) -> bool:
 
 def prior_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``PriorTransformer`` (original: ``PriorDiffusionModel``)."""
-    _, length, width = _shape(shapes, "model.positional_embedding")
+    _, length, width = shape_of(shapes, "model.positional_embedding")
     heads = inputs.setting("prior.params.model.hparams.xf_heads", PRIOR_HEADS)
     if heads < 1 or width % heads:
         raise ConversionError(
@@ -156,12 +157,12 @@ def prior_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     return {
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
-        "num_layers": _count(shapes, "model.transformer.resblocks"),
-        "embedding_dim": _shape(shapes, "model.text_enc_proj.weight")[1],
+        "num_layers": count_modules(shapes, "model.transformer.resblocks"),
+        "embedding_dim": shape_of(shapes, "model.text_enc_proj.weight")[1],
         "num_embeddings": length - 4,
         "additional_embeddings": 4,
-        "embedding_proj_dim": _shape(shapes, "model.text_emb_proj.weight")[1],
-        "clip_embed_dim": _shape(shapes, "model.out_proj.weight")[0],
+        "embedding_proj_dim": shape_of(shapes, "model.text_emb_proj.weight")[1],
+        "clip_embed_dim": shape_of(shapes, "model.out_proj.weight")[0],
     }
 
 
@@ -200,76 +201,6 @@ def stats_rules(config: Config) -> RuleTable:
     )
 
 
-# ------------------------------------------------------------------------------------------------ MoVQ
-def is_movq(shapes: Shapes) -> bool:
-    """Whether these are the keys of the MoVQ autoencoder."""
-    return "decoder.norm_out.conv_y.weight" in shapes and "quantize.embedding.weight" in shapes
-
-
-def movq_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
-    """Configuration of the ``VQModel`` with spatial norms (original: ``MOVQ``)."""
-    levels = range(_count(shapes, "encoder.down"))
-    down = [f"encoder.down.{level}.attn.0.q.weight" in shapes for level in levels]
-    up = [f"decoder.up.{level}.attn.0.q.weight" in shapes for level in reversed(levels)]
-    codes, code_dim = _shape(shapes, "quantize.embedding.weight")
-    return {
-        "in_channels": _shape(shapes, "encoder.conv_in.weight")[1],
-        "out_channels": _shape(shapes, "decoder.conv_out.weight")[0],
-        "latent_channels": _shape(shapes, "encoder.conv_out.weight")[0],
-        "block_out_channels": [_shape(shapes, f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels],
-        "layers_per_block": _count(shapes, "encoder.down.0.block"),
-        "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in down],
-        "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in up],
-        "num_vq_embeddings": codes,
-        "vq_embed_dim": code_dim,
-        "norm_type": "spatial",
-    }
-
-
-def movq_rules(config: Config) -> RuleTable:
-    """Rules of MoVQ.  The decoder of the original counts its levels from the picture, diffusers from the latents."""
-    resnet, attention = "{resnet}", "{attention}"
-    to_qkv = {source: f"{attention}.to_{source}" for source in "qkv"} | {"proj_out": f"{attention}.to_out.0"}
-    spatial_norm = ("norm_layer", "conv_y", "conv_b")
-    return RuleTable(
-        rules=(
-            rename("{coder}.conv_in.{p}", "{coder}.conv_in.{p}"),
-            rename("{coder}.norm_out.{rest}", "{coder}.conv_norm_out.{rest}"),
-            rename("{coder}.conv_out.{p}", "{coder}.conv_out.{p}"),
-            rename("encoder.down.{level}.downsample.{rest}", "encoder.down_blocks.{level}.downsamplers.0.{rest}"),
-            rename("{up}.upsample.{rest}", "{up}.upsamplers.0.{rest}"),
-            rename(f"{resnet}.norm{{n}}.{{rest}}", f"{resnet}.norm{{n}}.{{rest}}"),
-            rename(f"{resnet}.conv{{n}}.{{p}}", f"{resnet}.conv{{n}}.{{p}}"),
-            rename(f"{resnet}.nin_shortcut.{{p}}", f"{resnet}.conv_shortcut.{{p}}", optional=True),
-            rename(f"{attention}.norm.{{p}}", f"{attention}.group_norm.{{p}}"),
-            *(rename(f"{attention}.norm.{n}.{{p}}", f"{attention}.spatial_norm.{n}.{{p}}") for n in spatial_norm),
-            *(rename(f"{attention}.{n}.weight", f"{to}.weight", Squeeze(2)) for n, to in to_qkv.items()),
-            *(rename(f"{attention}.{n}.bias", f"{to}.bias") for n, to in to_qkv.items()),
-            rename("quantize.embedding.weight", "quantize.embedding.weight"),
-            rename("quant_conv.{p}", "quant_conv.{p}"),
-            rename("post_quant_conv.{p}", "post_quant_conv.{p}"),
-        ),
-        paths=_movq_paths(config),
-    )
-
-
-def _movq_paths(config: Config) -> dict[str, dict[str, str]]:
-    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
-    coders = {"encoder": "encoder", "decoder": "decoder"}
-    down = {f"encoder.down.{level}": f"encoder.down_blocks.{level}" for level in range(levels)}
-    up = {f"decoder.up.{level}": f"decoder.up_blocks.{levels - 1 - level}" for level in range(levels)}
-    resnets, attentions = {}, {}
-    for coder in coders:
-        resnets[f"{coder}.mid.block_1"] = f"{coder}.mid_block.resnets.0"
-        resnets[f"{coder}.mid.block_2"] = f"{coder}.mid_block.resnets.1"
-        attentions[f"{coder}.mid.attn_1"] = f"{coder}.mid_block.attentions.0"
-    for blocks, path in ((layers, down), (layers + 1, up)):
-        for (source, target), block in itertools.product(path.items(), range(blocks)):
-            resnets[f"{source}.block.{block}"] = f"{target}.resnets.{block}"
-            attentions[f"{source}.attn.{block}"] = f"{target}.attentions.{block}"
-    return {"coder": coders, "up": up, "resnet": resnets, "attention": attentions}
-
-
 # ------------------------------------------------------------------------------------------------ text encoder
 def is_text_encoder(shapes: Shapes) -> bool:
     """Whether these are the keys of the M-CLIP text encoder; that of 2.0 has the same, but pools to 640 channels."""
@@ -278,7 +209,7 @@ def is_text_encoder(shapes: Shapes) -> bool:
 
 def text_encoder_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of ``MultilingualCLIP``: sizes from the shapes, the rest from the release's ``config.json``."""
-    words, width = _shape(shapes, "transformer.embeddings.word_embeddings.weight")
+    words, width = shape_of(shapes, "transformer.embeddings.word_embeddings.weight")
     published = inputs.json("release", "text_encoder/config.json")
     for name in ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path"):
         published.pop(name, None)
@@ -288,12 +219,12 @@ def text_encoder_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
         **published,
         "vocab_size": words,
         "hidden_size": width,
-        "num_hidden_layers": _count(shapes, "transformer.encoder.layer"),
-        "intermediate_size": _shape(shapes, "transformer.encoder.layer.0.intermediate.dense.weight")[0],
-        "max_position_embeddings": _shape(shapes, "transformer.embeddings.position_embeddings.weight")[0],
-        "type_vocab_size": _shape(shapes, "transformer.embeddings.token_type_embeddings.weight")[0],
-        "transformerDimSize": _shape(shapes, "LinearTransformation.weight")[1],
-        "imageDimSize": _shape(shapes, "LinearTransformation.weight")[0],
+        "num_hidden_layers": count_modules(shapes, "transformer.encoder.layer"),
+        "intermediate_size": shape_of(shapes, "transformer.encoder.layer.0.intermediate.dense.weight")[0],
+        "max_position_embeddings": shape_of(shapes, "transformer.embeddings.position_embeddings.weight")[0],
+        "type_vocab_size": shape_of(shapes, "transformer.embeddings.token_type_embeddings.weight")[0],
+        "transformerDimSize": shape_of(shapes, "LinearTransformation.weight")[1],
+        "imageDimSize": shape_of(shapes, "LinearTransformation.weight")[0],
     }
 
 
@@ -321,13 +252,13 @@ def is_clip(shapes: Shapes) -> bool:
 
 def clip_text_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``CLIPTextModelWithProjection``, as the ``CLIPModel`` has it."""
-    width = _shape(shapes, "text_projection.weight")[0]
+    width = shape_of(shapes, "text_projection.weight")[0]
     return {**_clip_part(inputs, "text_config"), "projection_dim": width}
 
 
 def clip_vision_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``CLIPVisionModelWithProjection``, as the ``CLIPModel`` has it."""
-    width = _shape(shapes, "visual_projection.weight")[0]
+    width = shape_of(shapes, "visual_projection.weight")[0]
     return {**_clip_part(inputs, "vision_config"), "projection_dim": width}
 
 
@@ -379,15 +310,3 @@ def _clip_half(*kept: str, elsewhere: tuple[str, ...]) -> RuleTable:
 # ------------------------------------------------------------------------------------------------ helpers
 def _each(targets: tuple[str, ...], name: str) -> tuple[str, ...]:
     return tuple(f"{target}.{name}" for target in targets)
-
-
-def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
-    if key not in shapes:
-        raise ConversionError(f"The tensor {key}, which tells a size of the model, is missing.")
-    return shapes[key]
-
-
-def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules lie below ``prefix``."""
-    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
-    return len({found[1] for key in shapes if (found := pattern.match(key))})

@@ -12,12 +12,17 @@ where it is a plain bug and not the default here:
 from __future__ import annotations
 
 from .ancestral import KandinskyAncestralScheduler, KandinskyUnCLIPScheduler
+from .flash import Kandinsky3FlashScheduler
 from .image_start import noise_to, start_at
+from .kandinsky3 import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler
 from .strided import KandinskyDDIMScheduler, KandinskyPNDMScheduler
 from .tables import respaced_timesteps, strided_timesteps
 
 
 __all__ = [
+    "Kandinsky3AncestralScheduler",
+    "Kandinsky3DDPMScheduler",
+    "Kandinsky3FlashScheduler",
     "KandinskyAncestralScheduler",
     "KandinskyDDIMScheduler",
     "KandinskyPNDMScheduler",

@@ -17,6 +17,7 @@ from ..inputs import check_choice
 from .tables import (
     Posterior,
     cosine_betas,
+    dynamically_thresholded,
     linear_alphas_cumprod,
     noised,
     respaced_timesteps,
@@ -190,10 +191,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         ratio = self.config.dynamic_thresholding_ratio
         if ratio is None:
             return x0
-        reference = x0[:1] if self.config.threshold_reference == "first" else x0
-        limit = torch.quantile(reference.abs().flatten(1), ratio, dim=1).clamp(min=1.0)
-        limit = limit.view(-1, *[1] * (x0.ndim - 1))
-        return torch.minimum(torch.maximum(x0, -limit), limit) / limit
+        return dynamically_thresholded(x0, ratio, x0[:1] if self.config.threshold_reference == "first" else x0)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

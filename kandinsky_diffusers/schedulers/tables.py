@@ -98,6 +98,17 @@ def noised(
     return alpha.sqrt().to(latents.dtype) * latents + (1.0 - alpha).sqrt().to(latents.dtype) * noise
 
 
+def dynamically_thresholded(x0: torch.Tensor, ratio: float, reference: torch.Tensor | None = None) -> torch.Tensor:
+    """`x0` clipped to plus/minus s and divided by s (https://arxiv.org/abs/2205.11487, section 2.3).
+
+    s is the quantile `ratio` of the absolute values of each sample, or of `reference`, and at least 1.
+    """
+    magnitudes = (x0 if reference is None else reference).abs().flatten(1)
+    limit = torch.quantile(magnitudes, ratio, dim=1).clamp(min=1.0)
+    limit = limit.view(-1, *[1] * (x0.ndim - 1))
+    return torch.minimum(torch.maximum(x0, -limit), limit) / limit
+
+
 def with_second_twice(timesteps: np.ndarray) -> np.ndarray:
     """The order in which PLMS calls the network: its first step is an improved Euler step with two calls."""
     return np.concatenate([timesteps[:2], timesteps[1:2], timesteps[2:]])

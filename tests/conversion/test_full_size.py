@@ -13,13 +13,14 @@ from kandinsky_diffusers.conversion import ConversionError, plan, plan_source
 
 INVENTORIES = Path(__file__).parents[1] / "data" / "inventory"
 FILES = sorted(path.name for path in INVENTORIES.glob("k21_*.json.gz"))
+FILES_3 = sorted(path.name for path in INVENTORIES.glob("k3_*.json.gz"))
 
 
 def shapes_of(name: str) -> dict[str, list[int]]:
     return json.loads(gzip.decompress((INVENTORIES / name).read_bytes()))["tensors"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", FILES + FILES_3)
 def test_every_key_is_used_and_comes_back(name):
     found, plans = plan_source(INVENTORIES / name)
     (model,) = plans
@@ -90,3 +91,32 @@ def test_old_files_with_position_numbers_convert_too():
         "transformer.embeddings.position_ids": [1, 514],
     }
     assert list(plan(shapes)[0].plan.dropped) == ["transformer.embeddings.position_ids"]
+
+
+def test_of_a_text_encoder_only_the_tied_copy_is_dropped():
+    found, plans = plan_source(INVENTORIES / "flan_ul2_encoder.json.gz")
+    (file,) = found.inputs.files.values()
+    assert list(plans[0].plan.dropped) == ["encoder.embed_tokens.weight"]
+    assert {*plans[0].plan.inverse.target_shapes, "encoder.embed_tokens.weight"} == file.shapes.keys()
+
+
+@pytest.mark.parametrize("version", ["3.0", "3.1"])
+def test_all_files_of_kandinsky_3_together_make_whole_models(version, tmp_path):
+    others = {"3.0": ("k3_flash_unet", "k3_text_projection"), "3.1": ("k3_text_projection_30",)}[version]
+    for path in (*INVENTORIES.glob("k3_*.json.gz"), INVENTORIES / "flan_ul2_encoder.json.gz"):
+        if path.name.removesuffix(".json.gz") not in others:
+            (tmp_path / path.name).symlink_to(path)
+    _, plans = plan_source(tmp_path, version=version)
+    unets = [model for model in plans if model.component.name == "unet"]
+    assert len(unets) == {"3.0": 2, "3.1": 3}[version]
+    assert {model.component.name for model in plans} == {"unet", "movq", "text_encoder"}
+    for model in unets:
+        assert model.config["block_out_channels"] == [384, 768, 1536, 3072]
+        assert (model.config["attention_head_dim"], model.config["groups"]) == (64, 32)
+        assert model.config["layers_per_block"] == 3
+
+
+def test_a_head_that_does_not_fit_a_unet_of_kandinsky_3_is_refused_with_a_hint():
+    config = {"weights/kandinsky3.pt": {"head_dim": 80}}
+    with pytest.raises(ConversionError, match="original-config"):
+        plan(shapes_of("k3_unet.json.gz"), original_config=config)

@@ -56,6 +56,7 @@ def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, tmp_pa
 FACTS = {
     "converter_version": "0",
     "version": "0",
+    "repository": "someone/a-repository",
     "options": {"dtype": "auto", "variant": None},
     "sources": {},
     "components": {},

@@ -9,8 +9,11 @@ from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kandinsky_diffusers import Kandinsky3UNet, movq_weights
 from kandinsky_diffusers.conversion.matching import match
+from kandinsky_diffusers.conversion.preview import plan
 from kandinsky_diffusers.conversion.recipe import Inputs
+from kandinsky_diffusers.k3 import weights as weights3
 from kandinsky_diffusers.k21 import weights
 
 
@@ -85,5 +88,43 @@ def test_autoencoders_of_any_depth_and_attention_levels(attention, layers, codes
         "vq_embed_dim": 4,
         "norm_type": "spatial",
     }
-    shapes = original_shapes(VQModel, config, weights.movq_rules(config))
-    assert weights.movq_config(shapes, Inputs()) == config
+    shapes = original_shapes(VQModel, config, movq_weights.movq_rules(config))
+    assert movq_weights.movq_config(shapes, Inputs()) == config
+    config["num_vq_embeddings"] = movq_weights.CODES
+    shapes = original_shapes(VQModel, config, movq_weights.movq_rules_without_codebook(config))
+    assert movq_weights.is_movq_without_codebook(shapes)
+    assert movq_weights.movq_config(shapes, Inputs()) == config
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    channels=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    layers=st.integers(2, 3),
+    head_dim=st.sampled_from([4, 8]),
+    groups=st.sampled_from([2, 4]),
+    inpaint=st.booleans(),
+)
+def test_unets_of_kandinsky_3_of_any_size(channels, layers, head_dim, groups, inpaint):
+    config = {
+        "in_channels": 9 if inpaint else 4,
+        "out_channels": 4 if inpaint else None,
+        "time_embedding_dim": 12,
+        "groups": groups,
+        "attention_head_dim": head_dim,
+        "layers_per_block": layers,
+        "block_out_channels": [16 * number for number in channels],
+        "cross_attention_dim": 24,
+        "encoder_hid_dim": 20,
+        "has_null_embedding": True,
+    }
+    table = weights3.unet_rules(config) + weights3.projection_rules(config)
+    shapes = original_shapes(Kandinsky3UNet, config, table)
+    original = {"weights/kandinsky3.pt": {"head_dim": head_dim, "groups": groups}}
+    nested = {f"unet/{key}": shape for key, shape in shapes.items() if key not in weights3.PROJECTION}
+    nested["null_embedding"] = nested.pop("unet/null_embedding")
+    nested |= {f"projections/t5.{key}": shapes[key] for key in weights3.PROJECTION}
+    if inpaint:
+        original = {"weights/kandinsky3_inpainting.pt": original["weights/kandinsky3.pt"]}
+    (made,) = plan(nested, original_config=original)
+    assert not made.notes
+    assert made.config == config

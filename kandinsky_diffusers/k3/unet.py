@@ -1,0 +1,242 @@
+"""The UNet of Kandinsky 3.0, 3.1 and Flash, for pictures and for inpainting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
+from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNetOutput
+
+from ..attention import MASKING_BACKENDS, DispatchedAttnProcessor, enable_xformers, use_dispatched_attention
+from ..components import SavedAsStock
+from ..inputs import check_choice
+
+
+STOCK_MASKED_SCORE = -10000.0  # what stock adds to the score of a token that is not attended to
+
+
+class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
+    """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
+
+    The original projects the text outside of the UNet, and zeroes what is padding afterwards. So the context is made
+    once, and then used at every step:
+
+        context = unet(project=True, encoder_hidden_states=states, encoder_attention_mask=mask)
+        for t in scheduler.timesteps:
+            prediction = unet(latents, t, context, mask, projected=True).sample
+
+    It can be given LoRA adapters, checkpoints gradients, and its attention runs on the chosen backend.
+
+    Args:
+        in_channels: 4 for pictures; 9 for inpainting: noisy latents, mask (1 keeps), latents of the masked picture.
+        time_embedding_dim: width of the time embedding.
+        groups: number of groups of the group norms.
+        attention_head_dim: width of an attention head.
+        layers_per_block: number of residual blocks on either side of each attention, per level.
+        block_out_channels: number of channels of each of the four levels.
+        cross_attention_dim: width of the projected text.
+        encoder_hid_dim: width of the text encoder's output.
+        out_channels: None for `in_channels`, as in stock; 4 for inpainting.
+        has_null_embedding: whether there is a parameter `null_embedding` `[cross_attention_dim]`, the context that
+            stands for no text. Off by default, because stock repositories have none.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3AttentionPooling", "Kandinsky3ResNetBlock"]
+    _repeated_blocks: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3ResNetBlock"]
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        time_embedding_dim: int = 1536,
+        groups: int = 32,
+        attention_head_dim: int = 64,
+        layers_per_block: int = 3,
+        block_out_channels: tuple[int, ...] = (384, 768, 1536, 3072),
+        cross_attention_dim: int = 4096,
+        encoder_hid_dim: int = 4096,
+        out_channels: int | None = None,
+        has_null_embedding: bool = False,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            time_embedding_dim=time_embedding_dim,
+            groups=groups,
+            attention_head_dim=attention_head_dim,
+            layers_per_block=layers_per_block,
+            block_out_channels=block_out_channels,
+            cross_attention_dim=cross_attention_dim,
+            encoder_hid_dim=encoder_hid_dim,
+        )
+        if out_channels not in (None, in_channels):
+            self.conv_out = torch.nn.Conv2d(block_out_channels[0] // 2, out_channels, kernel_size=3, padding=1)
+        self.null_embedding = torch.nn.Parameter(torch.zeros(cross_attention_dim)) if has_null_embedding else None
+        use_dispatched_attention(self)
+
+    def _on_shared_state(self) -> None:
+        # what a stock object cannot have, and its configuration need not know
+        self.register_to_config(out_channels=None, has_null_embedding=False)
+        self.null_embedding = None
+        use_dispatched_attention(self)
+
+    @property
+    def runs_in_stock(self) -> bool:
+        """Whether the stock class can load these weights: it has as many output channels as input channels."""
+        return self.config.out_channels in (None, self.config.in_channels)
+
+    def set_default_attn_processor(self) -> None:
+        """Go back to the attention processors that the model is built with."""
+        self.set_attn_processor(DispatchedAttnProcessor())
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers does, but a backend that cannot take masks, which the text needs, is refused at once.
+
+        Raises:
+            ValueError: `backend` cannot take the masks of this model, or is unknown.
+        """
+        check_choice("backend", backend.lower(), [name.value for name in MASKING_BACKENDS])
+        super().set_attention_backend(backend)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Run attention on xformers, or no longer; here because `enable_xformers...` of diffusers comes down to it.
+
+        Raises:
+            ValueError: `attention_op` is given; xformers chooses the operator here.
+            ModuleNotFoundError, ValueError: xformers or a CUDA device is missing.
+        """
+        if attention_op is not None:
+            raise ValueError(f"`attention_op` is {attention_op!r}; accepted is None, xformers chooses the operator.")
+        if valid:
+            enable_xformers(self)
+        else:
+            self.reset_attention_backend()
+
+    def forward(
+        self,
+        sample: torch.Tensor | None = None,
+        timestep: torch.Tensor | float | int | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        project: bool = False,
+        projected: bool = False,
+        context_lengths: torch.Tensor | None = None,
+    ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
+        """Predict the noise, or project the text.
+
+        Args:
+            sample: `[batch, in_channels, height, width]`, noisy latents; height and width are multiples of 8. Not with
+                `project`.
+            timestep: a number, or `[batch]` of them. Not with `project`.
+            encoder_hidden_states: `[batch, tokens, encoder_hid_dim]`, the text encoder's output; with `projected`, the
+                context `[batch, tokens, cross_attention_dim]`.
+            encoder_attention_mask: `[batch, tokens]`, 1 at tokens that are attended to; None for all of them.
+            return_dict: return a tuple if False.
+            project: return the context `[batch, tokens, cross_attention_dim]` of these texts: the projection, and
+                zeros where the mask is 0. Without texts, `null_embedding` as `[1, 1, cross_attention_dim]`; offloading
+                brings weights in for a call of the model only, not for a look at one of them.
+            projected: `encoder_hidden_states` is a context, and masks are as in the original.
+            context_lengths: `[batch]` ints; the query that pools the text is the mean of so many first rows of each
+                sample's context (the original's context has one row more than the text has tokens). None for all
+                rows, as stock has it.
+
+        Raises:
+            ValueError: an argument is missing or does not belong there, or `sample` has a size that cannot be halved
+                often enough.
+        """
+        if project:
+            if sample is not None or timestep is not None or projected:
+                raise ValueError("with `project=True`, `sample`, `timestep` and `projected` have no meaning.")
+            return self._project(encoder_hidden_states, encoder_attention_mask)
+        if sample is None or timestep is None or encoder_hidden_states is None:
+            raise ValueError("`sample`, `timestep` and `encoder_hidden_states` are needed, unless `project` is True.")
+        self._check_size(sample)
+
+        mask = _additive_mask(encoder_attention_mask, sample.dtype, projected)
+        context = encoder_hidden_states if projected else self.encoder_hid_proj(encoder_hidden_states)
+        time_embed = self._embed_time(timestep, sample)
+        time_embed = self._pool(time_embed, context, mask, context_lengths)
+        sample = self._transform(sample, time_embed, context, mask)
+        return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
+
+    def _project(self, states: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
+        if states is None:
+            if self.null_embedding is None:
+                raise ValueError("`encoder_hidden_states` is None, and this model has no `null_embedding` to return.")
+            return self.null_embedding[None, None]
+        context = self.encoder_hid_proj(states)
+        return context if mask is None else context.masked_fill((mask == 0).unsqueeze(-1), 0.0)
+
+    def _embed_time(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        return self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
+
+    def _pool(
+        self,
+        time_embed: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add what attention, with the mean of the context as its query, finds in the context."""
+        query = context.mean(dim=1, keepdim=True) if lengths is None else _mean_of_first(context, lengths)
+        pooled = self.add_time_condition.attention(query, context, mask).squeeze(1)
+        return time_embed + pooled.to(time_embed.device)
+
+    def _transform(
+        self, sample: torch.Tensor, time_embed: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        sample = self.conv_in(sample)
+        skips: list[torch.Tensor] = []
+        for block in self.down_blocks:
+            sample = self._run(block, sample, time_embed, context, mask)
+            skips.append(sample)
+        skips.pop()  # the lowest level goes straight up
+        for level, block in enumerate(self.up_blocks):
+            if level > 0:
+                sample = torch.cat([sample, skips.pop().to(sample.device)], dim=1)
+            sample = self._run(block, sample, time_embed, context, mask)
+        return self.conv_out(self.conv_act_out(self.conv_norm_out(sample)))
+
+    def _run(self, block: torch.nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def _check_size(self, sample: torch.Tensor) -> None:
+        multiple = 2 ** (len(self.down_blocks) - 1)
+        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
+            raise ValueError(
+                f"`sample` is {sample.shape[-2]} latents high and {sample.shape[-1]} wide; accepted are multiples of "
+                f"{multiple}."
+            )
+
+
+def _additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, projected: bool) -> torch.Tensor | None:
+    """`[batch, 1, tokens]`, to be added to the scores.
+
+    The two ways differ where nothing at all is attended to: stock's is then the softmax of the scores, the original's
+    the mean of the values.
+    """
+    if mask is None:
+        return None
+    if not projected:
+        return ((1 - mask.to(dtype)) * STOCK_MASKED_SCORE).unsqueeze(1)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest).unsqueeze(1)
+
+
+def _mean_of_first(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`[batch, 1, width]`, the mean of the first `lengths` `[batch]` rows of each sample."""
+    lengths = lengths.to(context.device)[:, None, None]
+    rows = torch.arange(context.shape[1], device=context.device)[None, :, None]
+    return context.masked_fill(rows >= lengths, 0.0).sum(dim=1, keepdim=True) / lengths.to(context.dtype)
