@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .hub import by_reason
+
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -94,8 +96,9 @@ def convert(
             )
     for name, reason in report.skipped.items():
         typer.echo(f"left out: {name}, because {reason}")
-    for file, key, reason in report.dropped:
-        typer.echo(f"dropped:  {key} of {file} ({reason})")
+    for file in dict.fromkeys(file for file, _, _ in report.dropped):
+        for reason, keys in by_reason({key: reason for owner, key, reason in report.dropped if owner == file}).items():
+            typer.echo(f"dropped:  {keys} of {file} ({reason})")
     for path in report.repos:
         typer.echo(f"{'verified' if verify else 'written'}:  {path}")
 
@@ -176,8 +179,8 @@ def _show_plans(plans: list[ModelPlan], ignored: tuple[str, ...]) -> None:
             f"{' + '.join(model.files)} -> {model.component.name} ({model.component.class_name}): {used} keys make "
             f"{made} tensors, {len(plan.dropped)} dropped, {len(plan.elsewhere)} for other models"
         )
-        for key, reason in plan.dropped.items():
-            typer.echo(f"  dropped: {key} ({reason})")
+        for reason, keys in by_reason(plan.dropped).items():
+            typer.echo(f"  dropped: {keys} ({reason})")
         for note in model.notes:
             typer.echo(f"  note: {note}")
     for name in ignored:

@@ -39,7 +39,22 @@ def render_card(name: str, facts: Mapping[str, Any]) -> str:
     )
     dropped = {key: reason for model in facts["components"].values() for key, reason in model["dropped"].items()}
     loading = _loading_options(facts["options"]["variant"])
-    return environment.get_template(f"{name}.md").render(facts=facts, dropped=dropped, loading=loading)
+    return environment.get_template(f"{name}.md").render(facts=facts, dropped=by_reason(dropped), loading=loading)
+
+
+def by_reason(dropped: Mapping[str, str]) -> dict[str, str]:
+    """For each reason which keys were left out, in words: up to three by name, of more the number and the first.
+
+    Args:
+        dropped: key to reason.
+    """
+    groups: dict[str, list[str]] = {}
+    for key, reason in dropped.items():
+        groups.setdefault(reason, []).append(f"`{key}`")
+    return {
+        reason: ", ".join(keys) if len(keys) <= 3 else f"{len(keys)} tensors such as {keys[0]}"
+        for reason, keys in groups.items()
+    }
 
 
 def _loading_options(variant: str | None) -> str:

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
+from transformers import PreTrainedModel
 
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
@@ -45,10 +46,7 @@ class KandinskyPipelineMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """As diffusers does; in a family whose MoVQ needs float32 a half-precision `dtype` is for the other models.
-
-        To have all of them in half precision name each: `dtype={"movq": torch.float16, "default": torch.float16}`.
-        """
+        """As diffusers does; in a family whose MoVQ needs float32 a half-precision `dtype` is for the other models."""
         for name in ("dtype", "torch_dtype"):
             if kwargs.get(name) in HALF_PRECISION and cls._float32_components:
                 kwargs[name] = {"default": kwargs[name], **dict.fromkeys(cls._float32_components, torch.float32)}
@@ -104,6 +102,9 @@ class KandinskyPipelineMixin:
             if name in excluded:
                 component.to(onload_device)
                 continue
+            if isinstance(component, PreTrainedModel) and component._tied_weights_keys:
+                # tied embeddings become one layer: of two with the same weights the second would be stored empty
+                component.set_input_embeddings(component.get_input_embeddings())
             enable = getattr(component, "enable_group_offload", partial(apply_group_offloading, component))
             enable(onload_device, *args, offload_to_disk_path=str(Path(offload_to_disk_path, name)), **options)
 

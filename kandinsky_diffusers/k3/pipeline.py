@@ -16,9 +16,10 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from .. import sampling
 from ..decoding import Batch, Call, Conditions, DecoderMixin
+from ..inputs import check_shape
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
-from ..pipeline_base import KandinskyPipelineMixin
+from ..pipeline_base import HALF_PRECISION, KandinskyPipelineMixin
 from ..schedulers import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler, Kandinsky3FlashScheduler
 from .text import TextEncoder, TextInputs, TextStates, context_of, fitted, no_text, stock_context_of
 from .unet import Kandinsky3UNet
@@ -53,7 +54,7 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
 
     To change one part, subclass it and override `encode_prompt`, `prepare_latents`, `predict_noise` or
     `decode_latents`; image-to-image and inpainting are made of the same parts. In half precision the MoVQ stays in
-    float32.
+    float32, in which it does not overflow; `pipe.movq.to(torch.float16)` insists.
 
     Args:
         tokenizer: of T5.
@@ -87,6 +88,8 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         movq: VQModel | MoVQ,
     ):
         DiffusionPipeline.__init__(self)
+        if movq is not None and movq.dtype in HALF_PRECISION:  # cast by a `from_pretrained` that is not ours
+            movq.float()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, scheduler=scheduler, movq=movq
         )
@@ -170,6 +173,9 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         arguments = self._with_defaults(arguments)
         text = TextInputs.of(arguments)
         self._check_encoder(text)
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            if (states := getattr(text, name)) is not None:
+                check_shape(states, (*states.shape[:2], self.unet.config.encoder_hid_dim), name)
         return replace(self._check_common(arguments, text.count), text=text)
 
     def _check_encoder(self, text: TextInputs) -> None:

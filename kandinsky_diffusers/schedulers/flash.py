@@ -64,6 +64,7 @@ class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
     ):
         self._check_settings()
         self._check_timesteps(timesteps)
+        self.register_to_config(timesteps=list(timesteps))  # as it comes back from a file
         state_every_setting(self)
         self.alphas_cumprod = cosine_alphas_cumprod(num_train_timesteps, torch.float64)
         self.set_timesteps()
