@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,28 @@ def alternate(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[st
             run()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are not mapped files."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def sampled_peak(samples: list[int]) -> Iterator[None]:
+    """Sample the anonymous memory every 5 ms."""
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            samples.append(anonymous_memory())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

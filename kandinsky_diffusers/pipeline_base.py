@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,9 @@ from .components import adopt, stock_identity
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 SIDE_SCHEDULERS = ("ddpm_scheduler", "ancestral_scheduler")
+
+
+_dtypes_are_chosen: ContextVar[bool] = ContextVar("dtypes_are_chosen", default=False)
 
 
 class KandinskyPipelineMixin:
@@ -46,11 +50,25 @@ class KandinskyPipelineMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """As diffusers does; in a family whose MoVQ needs float32 a half-precision `dtype` is for the other models."""
-        for name in ("dtype", "torch_dtype"):
-            if kwargs.get(name) in HALF_PRECISION and cls._float32_components:
-                kwargs[name] = {"default": kwargs[name], **dict.fromkeys(cls._float32_components, torch.float32)}
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """As diffusers does; in a family whose MoVQ needs float32 a half-precision `dtype` is for the other models.
+
+        A dict, such as `dtype={"default": torch.float16}`, is taken at its word.
+        """
+        name = "dtype" if "dtype" in kwargs else "torch_dtype"
+        dtype = kwargs.get(name)
+        if isinstance(dtype, torch.dtype) and dtype in HALF_PRECISION:
+            kwargs[name] = {"default": dtype, **dict.fromkeys(cls._float32_components, torch.float32)}
+        token = _dtypes_are_chosen.set(isinstance(dtype, dict))
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        finally:
+            _dtypes_are_chosen.reset(token)
+
+    def _in_float32(self, component: Any) -> Any:
+        """A model that needs float32, in it, unless the user has chosen the dtype of each component."""
+        if component is not None and component.dtype in HALF_PRECISION and not _dtypes_are_chosen.get():
+            component.float()  # cast by a `from_pretrained` that is not ours
+        return component
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers does; in a family whose MoVQ needs float32, half precision leaves it as it is."""

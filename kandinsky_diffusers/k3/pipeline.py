@@ -19,7 +19,7 @@ from ..decoding import Batch, Call, Conditions, DecoderMixin
 from ..inputs import check_shape
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
-from ..pipeline_base import HALF_PRECISION, KandinskyPipelineMixin
+from ..pipeline_base import KandinskyPipelineMixin
 from ..schedulers import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler, Kandinsky3FlashScheduler
 from .text import TextEncoder, TextInputs, TextStates, context_of, fitted, no_text, stock_context_of
 from .unet import Kandinsky3UNet
@@ -88,10 +88,12 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         movq: VQModel | MoVQ,
     ):
         DiffusionPipeline.__init__(self)
-        if movq is not None and movq.dtype in HALF_PRECISION:  # cast by a `from_pretrained` that is not ours
-            movq.float()
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, scheduler=scheduler, movq=movq
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            unet=unet,
+            scheduler=scheduler,
+            movq=self._in_float32(movq),
         )
         self.movq_scale_factor = pixels_per_latent(movq)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.movq_scale_factor, resample="bicubic")

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from kandinsky_diffusers.k3.text import context_of
-from tests.support.goldens import GoldenFamily
+from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.parity import MODULE, assert_close
 
 
@@ -49,6 +49,17 @@ def test_golden_unet(goldens: GoldenFamily, load: Any, version: str, suffix: str
 @torch.no_grad()
 def test_golden_movq(goldens: GoldenFamily, load: Any, version: str) -> None:
     case, movq = goldens.case("movq"), load().movq
+    assert_close(movq.encode(case["image"]).latents, case["encoded"], MODULE, "latents")
+    assert_close(movq.decode(case["latent"], force_not_quantize=True).sample, case["decoded"], MODULE, "pixels")
+
+
+@torch.no_grad()
+def test_golden_tiles(converted_31: Path) -> None:
+    """KandiSuperRes, whose MoVQ is that of 3.1, encodes and decodes large pictures in tiles."""
+    case = golden_family("kandisuperres").case("movq_tiled")
+    movq: Any = DiffusionPipeline.from_pretrained(converted_31 / "kandinsky-3-1").movq
+    settings = case.info["model"]
+    movq.enable_tiling(settings["tile_sample_min_size"], settings["tile_overlap_factor_dec"])
     assert_close(movq.encode(case["image"]).latents, case["encoded"], MODULE, "latents")
     assert_close(movq.decode(case["latent"], force_not_quantize=True).sample, case["decoded"], MODULE, "pixels")
 

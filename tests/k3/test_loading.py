@@ -104,6 +104,10 @@ def test_in_half_precision_the_movq_stays_in_float32(repo: Any, name: str, dtype
     assert in_whole.unet.dtype == dtype
     generic = diffusers.DiffusionPipeline.from_pretrained(repo("3.1"), **{name: dtype})
     assert (generic.unet.dtype, generic.movq.dtype) == (dtype, torch.float32)
+    chosen = AutoPipelineForText2Image.from_pretrained(
+        repo("3.1"), **{name: {"unet": torch.float32, "default": dtype}}
+    )
+    assert (chosen.unet.dtype, chosen.movq.dtype) == (torch.float32, dtype)
     generic.movq.to(dtype)
     assert generic("a fox", **QUICK).images.shape == (1, 64, 64, 3)
 

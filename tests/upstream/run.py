@@ -1,4 +1,4 @@
-"""Run diffusers' own tests of Kandinsky 2.1 and 2.2, from a checkout of diffusers, on our classes instead of stock's.
+"""Run diffusers' own tests of Kandinsky 2.1, 2.2 and 3.0, from a checkout of diffusers, on our classes.
 
     python tests/upstream/run.py CHECKOUT [--stock] [pytest arguments]
 
@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 
-SUITES = ("tests/pipelines/kandinsky", "tests/pipelines/kandinsky2_2")
+SUITES = ("tests/pipelines/kandinsky", "tests/pipelines/kandinsky2_2", "tests/pipelines/kandinsky3")
 EXPECTED_FAILURES = Path(__file__).with_name("expected_failures.toml")
 REVISION = "0" * 40
 
@@ -87,12 +87,12 @@ class UpstreamTests:
 
 
 def write_tokenizers(hub_cache: Path) -> None:
-    """Fill `hub_cache` with stand-ins for the two tokenizers that the tests load, as if they had been downloaded.
+    """Fill `hub_cache` with stand-ins for the three tokenizers that the tests load, as if they had been downloaded.
 
     They spell texts letter by letter. (Trained ones would differ from run to run.)
     """
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer, XLMRobertaTokenizerFast
+    from transformers import CLIPTokenizer, T5Config, T5TokenizerFast, XLMRobertaTokenizerFast
 
     letters = sorted(ByteLevel.alphabet())
     # the end of the text has the highest number, as in CLIP: its text encoder looks for the largest
@@ -101,14 +101,29 @@ def write_tokenizers(hub_cache: Path) -> None:
     clip = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *string.printable.strip(), "<mask>"]
     xlm_roberta = XLMRobertaTokenizerFast(vocab=[(piece, 0.0) for piece in pieces])
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.printable.strip()]
+    t5 = T5TokenizerFast(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
+    # of the model beside the tokenizer the tests read the sizes
+    sizes = T5Config(
+        vocab_size=len(pieces),
+        d_model=32,
+        d_ff=37,
+        d_kv=8,
+        num_layers=5,
+        num_heads=4,
+        dropout_rate=0.0,
+        initializer_factor=0.002,
+    )
     save_as_downloaded(clip, hub_cache, "hf-internal-testing/tiny-random-clip")
+    save_as_downloaded(t5, hub_cache, "hf-internal-testing/tiny-random-t5", sizes)
     save_as_downloaded(xlm_roberta, hub_cache, "YiYiXu/tiny-random-mclip-base")
 
 
-def save_as_downloaded(tokenizer: Any, hub_cache: Path, repo_id: str) -> None:
-    """Save `tokenizer` where `from_pretrained(repo_id)` looks for it without a network."""
+def save_as_downloaded(tokenizer: Any, hub_cache: Path, repo_id: str, *others: Any) -> None:
+    """Save `tokenizer`, and what goes with it, where `from_pretrained(repo_id)` looks for it without a network."""
     repo = hub_cache / f"models--{repo_id.replace('/', '--')}"
-    tokenizer.save_pretrained(repo / "snapshots" / REVISION)
+    for part in (tokenizer, *others):
+        part.save_pretrained(repo / "snapshots" / REVISION)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(REVISION, encoding="utf-8")
 
