@@ -120,6 +120,13 @@ def resize_mask(masks: Sequence[torch.Tensor], height: int, width: int) -> torch
     return torch.cat([F.interpolate(mask, (height, width), mode="nearest") for mask in masks])
 
 
+def made_rgb(images: Any) -> Any:
+    """PIL pictures, one or several, as RGB; everything else as it is."""
+    if isinstance(images, (list, tuple)):
+        return [made_rgb(image) for image in images]
+    return images.convert("RGB") if isinstance(images, PIL.Image.Image) else images
+
+
 def size_of(images: Any, name: str = "image") -> tuple[int, int]:
     """Height and width of a picture, or of the first of several.
 

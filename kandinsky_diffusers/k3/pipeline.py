@@ -16,6 +16,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from .. import sampling
 from ..decoding import Batch, Call, Conditions, DecoderMixin
+from ..images import made_rgb
 from ..inputs import check_shape
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
@@ -60,7 +61,8 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         tokenizer: of T5.
         text_encoder: the encoder of Flan-UL2; may be None where prompts come as states.
         unet: with a null embedding texts are handled as in the original, without it as in stock. It has 4 input
-            channels; one with 9, made for inpainting, is given an empty mask.
+            channels; one with 9, made for inpainting, is given an empty mask. It may be None where only
+            `encode_prompt` is used.
         scheduler: decides on the sampler, and on the default number of steps and guidance scale.
         movq: the image autoencoder.
     """
@@ -99,6 +101,7 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.movq_scale_factor, resample="bicubic")
         self._guidance_scale = self._scale_without_guidance
 
+    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -163,13 +166,28 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
 
     @property
     def _has_null_embedding(self) -> bool:
-        return self.unet is not None and self.unet.config.get("has_null_embedding", False)
+        """Of a pipeline that was loaded for its text encoder alone, what the UNet of its repo has."""
+        if self.unet is not None:
+            return self.unet.config.get("has_null_embedding", False)
+        repo = self.config.get("_name_or_path")
+        if repo is None:
+            return True
+        config: Any = Kandinsky3UNet.load_config(repo, subfolder="unet")
+        return config.get("has_null_embedding", False)
 
     def _latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rounded up to what the UNet can halve at each of its levels but the last."""
         multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
         side = self.movq_scale_factor * multiple
         return tuple(-(-pixels // side) * multiple for pixels in size)  # pyright: ignore
+
+    def encode_pixels(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+        # as the original has them; norms of pictures whose channels lie side by side are less precise on the CPU
+        return super().encode_pixels(pixels.contiguous(), device)
+
+    def _load_image(self, image: Any, batch: Batch) -> torch.Tensor:
+        """Pictures are made RGB before they are resized, as in the original; in those of 2.x it is after."""
+        return super()._load_image(made_rgb(image), batch)
 
     def _check(self, arguments: Mapping[str, Any]) -> Call:
         arguments = self._with_defaults(arguments)

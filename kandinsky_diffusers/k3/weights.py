@@ -63,12 +63,13 @@ def unet_config(shapes: Shapes, inputs: Inputs, *, unet: str, projection: str, p
     out_channels = shape_of(shapes, "out_layer.2.weight")[0]
     context = shape_of(shapes, "feature_pooling.attention.to_key.weight")[1]
     head_dim, groups = inputs.argument(published, "head_dim", HEAD_DIM), inputs.argument(published, "groups", GROUPS)
-    _check_divides(head_dim, [context, *channels], "head_dim")
+    time_width = shape_of(shapes, "to_time_embed.1.weight")[0]
+    _check_divides(head_dim, [time_width, *channels], "head_dim")
     _check_divides(groups, [first, *channels], "groups")
     return {
         "in_channels": in_channels,
         "out_channels": None if out_channels == in_channels else out_channels,
-        "time_embedding_dim": shape_of(shapes, "to_time_embed.1.weight")[0],
+        "time_embedding_dim": time_width,
         "groups": groups,
         "attention_head_dim": head_dim,
         "layers_per_block": count_modules(shapes, "down_samples.0.resnet_attn_blocks"),

@@ -108,7 +108,7 @@ def test_unets_of_kandinsky_3_of_any_size(channels, layers, head_dim, groups, in
     config = {
         "in_channels": 9 if inpaint else 4,
         "out_channels": 4 if inpaint else None,
-        "time_embedding_dim": 12,
+        "time_embedding_dim": 24,
         "groups": groups,
         "attention_head_dim": head_dim,
         "layers_per_block": layers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,20 @@ def test_output_types(make: Make, output_type: str, kind: type) -> None:
     assert output_type == "latent" or (images.min() >= 0 and images.max() <= 1)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1"])
+@pytest.mark.parametrize("name", TASKS[1:])
+def test_pictures_of_other_modes_are_made_rgb_before_they_are_resized(
+    make: Make, inputs: Any, picture: Any, name: str, mode: str
+) -> None:
+    """As the original does: resized colours of a palette, or of pixels that are transparent, would be others."""
+    image = picture.resize((120, 90)).convert(mode)
+    images = [
+        make(getattr(kandinsky_diffusers, name), "3.1")(**inputs(name, image=each), generator=seeded(0)[0]).images
+        for each in (image, image.convert("RGB"))
+    ]
+    np.testing.assert_array_equal(*images)
+
+
 def test_no_strength_gives_the_picture_back_through_the_movq(make: Make, picture: Any) -> None:
     pipe = make(Kandinsky3Img2ImgPipeline, "3.1")
     kept = pipe("a red fox", picture, strength=0.0, output_type="latent").images
@@ -180,6 +195,15 @@ def test_what_encode_prompt_returns_stands_for_the_prompts(make: Make, kind: str
         generator=seeded(0, 1, 2),
     ).images
     assert_close(again, drawn, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["3.1", "stock"])
+def test_a_pipeline_may_be_loaded_for_its_text_encoder_alone(make: Make, tmp_path: Path, kind: str) -> None:
+    pipe = make(Kandinsky3Pipeline, kind)
+    pipe.save_pretrained(tmp_path)
+    texts = Kandinsky3Pipeline.from_pretrained(tmp_path, unet=None, movq=None)
+    for ours, theirs in zip(texts.encode_prompt(PROMPTS), pipe.encode_prompt(PROMPTS), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_states_alone_are_guided_by_the_null_embedding(make: Make) -> None:
