@@ -56,7 +56,7 @@ class KandinskyPipelineMixin:
         """
         name = "dtype" if "dtype" in kwargs else "torch_dtype"
         dtype = kwargs.get(name)
-        if isinstance(dtype, torch.dtype) and dtype in HALF_PRECISION:
+        if cls._float32_components and dtype in HALF_PRECISION:
             kwargs[name] = {"default": dtype, **dict.fromkeys(cls._float32_components, torch.float32)}
         token = _dtypes_are_chosen.set(isinstance(dtype, dict))
         try:
@@ -77,12 +77,12 @@ class KandinskyPipelineMixin:
             return super().to(*args, **kwargs)
         kept = {name: getattr(self, name) for name in self._float32_components}
         vars(self).update(dict.fromkeys(kept))  # hidden, not taken off: the configuration stays
+        device = kwargs.pop("device", next((value for value in args if not isinstance(value, torch.dtype)), None))
         try:
-            super().to(dtype=dtype)
+            super().to(**{**kwargs, "dtype": dtype})
         finally:
             vars(self).update(kept)
-        device = kwargs.get("device", next((value for value in args if not isinstance(value, torch.dtype)), None))
-        return self if device is None else super().to(device)
+        return self if device is None else super().to(device, **{**kwargs, "dtype": None})
 
     def exact_reference(self, enabled: bool = True) -> Self:
         """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""

@@ -160,8 +160,9 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
             negative = no_text(*positive, self._has_null_embedding)
         elif negative is None:
             negative = encoder.encode_negative(text.negatives, positive[1])
-        negative = (batch.expand(fitted(rows, mask.shape[1]), "negative_prompt_embeds") for rows in negative)
-        negative_states, negative_mask = negative
+        negative_states, negative_mask = (
+            batch.expand(fitted(rows, mask.shape[1]), "negative_prompt_embeds") for rows in negative
+        )
         return states, negative_states.to(states), mask, negative_mask
 
     @property
