@@ -5,8 +5,9 @@ Importing registers; `unregister()` gives diffusers back as it was.
 
 from __future__ import annotations
 
-from . import k3, k21, k22
+from . import k3, k20, k21, k22
 from .k3 import *  # noqa: F403
+from .k20 import *  # noqa: F403
 from .k21 import *  # noqa: F403 (each family lists its public names)
 from .k22 import *  # noqa: F403
 from .movq import MoVQ
@@ -41,6 +42,7 @@ __all__ = [
     "unregister",
 ]
 __all__ += k3.__all__
+__all__ += k20.__all__
 __all__ += k21.__all__
 __all__ += k22.__all__
 

@@ -80,7 +80,7 @@ class Call:
 
 
 class DecoderMixin:
-    """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and `movq`.
+    """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
     ([`Img2ImgMixin`], [`InpaintMixin`]) where to start.
@@ -157,8 +157,14 @@ class DecoderMixin:
         if self._is_latents(pixels):
             return pixels.to(device, self.unet.dtype)
         size = (size * self.movq_scale_factor for size in self._latent_size(pixels.shape[-2:]))
-        padded = pad_to(pixels, *size).to(device, self.movq.dtype)
-        return self.movq.encode(padded).latents.to(self.unet.dtype)
+        padded = pad_to(pixels, *size).to(device, self._autoencoder.dtype)
+        return self._autoencoder.encode(padded).latents.to(self.unet.dtype)
+
+    def _image_latents(self, pixels: torch.Tensor, call: Call, device: torch.device) -> torch.Tensor:
+        """Latents of pictures, or such latents, one for each picture of the batch."""
+        latents = self.encode_pixels(pixels, device)
+        # left as they lie in memory where they can be: last bits depend on it
+        return latents if len(latents) == call.batch.images else call.batch.expand(latents, "image")
 
     def decode_latents(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Pixels `[batch, 3, height, width]` around [-1, 1], cropped to the size asked for.
@@ -172,10 +178,10 @@ class DecoderMixin:
         return latent_size(size[0], size[1], self.movq_scale_factor)
 
     def _latent_shape(self, batch: Batch) -> tuple[int, int, int, int]:
-        return (batch.images, self.movq.config.latent_channels, *self._latent_size(batch.size))
+        return (batch.images, self._autoencoder.config.latent_channels, *self._latent_size(batch.size))
 
     def _is_latents(self, image: Any) -> bool:
-        channels = self.movq.config.latent_channels
+        channels = self._autoencoder.config.latent_channels
         return isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == channels != 3
 
     def _generate(self, arguments: Mapping[str, Any]) -> Pictures:
@@ -266,7 +272,7 @@ class DecoderMixin:
     @property
     def _unet_sees_known(self) -> bool:
         """Whether the UNet, one for inpainting, takes latents of a picture and a mask after the noisy latents."""
-        return self.unet.config.in_channels == 2 * self.movq.config.latent_channels + 1
+        return self.unet.config.in_channels == 2 * self._autoencoder.config.latent_channels + 1
 
     def _unet_input(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scaled latents for each half; an inpainting UNet gets the known ones and the mask too, empty by default."""
@@ -323,7 +329,7 @@ class Img2ImgMixin:
     def _start(
         self, call: Call, conditions: Conditions, noise_timestep: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
-        image_latents = call.batch.expand(self.encode_pixels(call.source, device), "image")
+        image_latents = self._image_latents(call.source, call, device).contiguous()  # as in stock, to the last bit
         return self.prepare_latents(
             self._latent_shape(call.batch),
             self.unet.dtype,

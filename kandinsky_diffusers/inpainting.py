@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 
 from . import sampling
-from .decoding import Batch, Call, Conditions
+from .decoding import Call, Conditions
 from .images import Images, grow_repainted, masks_from, pixels_to, resize_mask
 from .inputs import check_at_least, check_strength
 from .schedulers import noise_to, start_at
@@ -227,7 +227,7 @@ class InpaintMixin:
     def _known_conditions(self, call: Call, device: torch.device) -> Conditions:
         """Latents of the picture, the mask at their size, and both in the form that inpainting UNets take."""
         known, batch = call.source, call.batch
-        latents = self._encode_known(known.pixels, batch, device)
+        latents = self._image_latents(known.pixels, call, device)
         keep_mask = keep_mask_at_latent_size(
             known.masks,
             batch.size,
@@ -238,11 +238,6 @@ class InpaintMixin:
         keep_mask = batch.expand(keep_mask.to(latents), "mask_image")
         known_conditions = {"known_latents": latents, "keep_mask": keep_mask}
         return {**known_conditions, "masked_image": latents * keep_mask, "mask_image": keep_mask}
-
-    def _encode_known(self, pixels: torch.Tensor, batch: Batch, device: torch.device) -> torch.Tensor:
-        latents = self.encode_pixels(pixels, device)
-        # left as they lie in memory where they can be: last bits depend on it
-        return latents if len(latents) == batch.images else batch.expand(latents, "image")
 
     def _with_known(self, pixels: torch.Tensor, call: Call) -> torch.Tensor:
         """`pixels` with those outside the mask as they were."""

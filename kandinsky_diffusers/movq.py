@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -156,7 +156,7 @@ class MoVQ(SavedAsStock, VQModel):
         return quantized.view(batch, height, width, channels).permute(0, 3, 1, 2).contiguous(), loss
 
 
-def pixels_per_latent(movq: VQModel | None) -> int:
+def pixels_per_latent(movq: VQModel | AutoencoderKL | None) -> int:
     """Side of a latent pixel in pixels; 8, as published, for a pipeline that was built without a MoVQ."""
     return 8 if movq is None else 2 ** (len(movq.config.block_out_channels) - 1)
 

@@ -48,6 +48,11 @@ class KandinskyPipelineMixin:
         if identity is not None and name in self.config:
             self.register_to_config(**{name: identity})
 
+    @property
+    def _autoencoder(self) -> Any:
+        """The component between pixels and latents."""
+        return self.movq
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """As diffusers does; in a family whose MoVQ needs float32 a half-precision `dtype` is for the other models.
@@ -141,19 +146,19 @@ class KandinskyPipelineMixin:
 
     def enable_movq_slicing(self) -> None:
         """Encode and decode the pictures of a batch one after the other."""
-        self.movq.enable_slicing()
+        self._autoencoder.enable_slicing()
 
     def disable_movq_slicing(self) -> None:
         """Encode and decode a batch at once."""
-        self.movq.disable_slicing()
+        self._autoencoder.disable_slicing()
 
     def enable_movq_tiling(self, *args: Any, **kwargs: Any) -> None:
         """Encode and decode large pictures in tiles; arguments as for [`MoVQ.enable_tiling`]."""
-        self.movq.enable_tiling(*args, **kwargs)
+        self._autoencoder.enable_tiling(*args, **kwargs)
 
     def disable_movq_tiling(self) -> None:
         """Encode and decode pictures whole."""
-        self.movq.disable_tiling()
+        self._autoencoder.disable_tiling()
 
     enable_vae_slicing, disable_vae_slicing = enable_movq_slicing, disable_movq_slicing
     enable_vae_tiling, disable_vae_tiling = enable_movq_tiling, disable_movq_tiling

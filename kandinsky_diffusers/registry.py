@@ -13,7 +13,7 @@ import diffusers
 from diffusers.models.unets import unet_2d_condition
 from packaging.specifiers import SpecifierSet
 
-from . import attention, k3, k21, k22, movq, prior, schedulers
+from . import attention, k3, k20, k21, k22, movq, prior, schedulers
 
 
 SUPPORTED_DIFFUSERS = SpecifierSet(">=0.42,<0.43")
@@ -23,6 +23,11 @@ TASKS = ("text2image", "image2image", "inpainting")
 
 # Key of the AutoPipeline tables -> task -> the class that takes a prompt, and the decoder behind it if there is one.
 FAMILIES: dict[str, dict[str, tuple[type, type | None]]] = {
+    "kandinsky20": {
+        "text2image": (k20.KandinskyV20Pipeline, None),
+        "image2image": (k20.KandinskyV20Img2ImgPipeline, None),
+        "inpainting": (k20.KandinskyV20InpaintPipeline, None),
+    },
     "kandinsky": {
         "text2image": (k21.KandinskyCombinedPipeline, k21.KandinskyPipeline),
         "image2image": (k21.KandinskyImg2ImgCombinedPipeline, k21.KandinskyImg2ImgPipeline),
@@ -52,6 +57,7 @@ OTHER_PIPELINES: tuple[type, ...] = (
 )
 
 COMPONENTS: tuple[type, ...] = (
+    k20.KandinskyV20UNet,
     k3.Kandinsky3UNet,
     movq.MoVQ,
     prior.CachedPriorTransformer,

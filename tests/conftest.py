@@ -80,6 +80,28 @@ def converted_21(goldens_21: GoldenFamily, release_21: Path, tmp_path_factory: p
 
 
 @pytest.fixture(scope="session")
+def goldens_20() -> GoldenFamily:
+    """The family `kandinsky-2.0` of the golden set in use."""
+    return golden_family("kandinsky-2.0")
+
+
+@pytest.fixture(scope="session")
+def release_20(goldens_20: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Kandinsky 2.0 release, and its VAE once more in ``variants``. Read only."""
+    return build_release(goldens_20.path, tmp_path_factory.mktemp("release") / "kandinsky-2.0")
+
+
+@pytest.fixture(scope="session")
+def converted_20(goldens_20: GoldenFamily, release_20: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the converted repositories of `release_20`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    convert(release_20, output, version="2.0", original_config=goldens_20.path / "hyperparameters.json")
+    return output
+
+
+@pytest.fixture(scope="session")
 def goldens_30() -> GoldenFamily:
     """The family `kandinsky-3.0` of the golden set in use."""
     return golden_family("kandinsky-3.0")

@@ -26,6 +26,9 @@ AUTO = {
 STOCK_FAMILIES = {"kandinsky": kandinsky}
 STOCK = (kandinsky, kandinsky2_2, kandinsky3)
 NEW = {
+    "KandinskyV20Img2ImgPipeline",
+    "KandinskyV20InpaintPipeline",
+    "KandinskyV20Pipeline",
     "KandinskyV22ControlnetCombinedPipeline",
     "KandinskyV22ControlnetImg2ImgCombinedPipeline",
     "Kandinsky3InpaintPipeline",

@@ -17,6 +17,7 @@ from .recipe import Release
 
 CONVERTIBLE = {
     "2.1": "kandinsky_diffusers.k21.variants:RELEASE",
+    "2.0": "kandinsky_diffusers.k20.variants:RELEASE",  # after 2.1, whose M-CLIP it would take for its own
     "2.2": "kandinsky_diffusers.k22.variants:RELEASE",
     "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",

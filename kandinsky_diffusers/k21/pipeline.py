@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
@@ -13,14 +11,14 @@ from diffusers.pipelines.kandinsky import KandinskyPipeline as StockKandinskyPip
 from diffusers.pipelines.kandinsky import MultilingualCLIP
 from transformers import XLMRobertaTokenizer
 
-from ..decoding import Batch, Call, Conditions, DecoderMixin
+from ..decoding import Conditions, DecoderMixin
+from ..mclip import States, TextConditionsMixin, TextInputs, TextStates, encode_with_mclip
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DecoderOptions, Embeds, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
-from .text import TextInputs, TextStates, encode_texts
 
 
-class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipeline):
+class KandinskyPipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipeline):
     """Text to image with Kandinsky 2.1, from the image embeddings of [`KandinskyPriorPipeline`].
 
     To change one part, subclass it and override `encode_prompt`, `prepare_latents`, `predict_noise` or
@@ -103,51 +101,17 @@ class KandinskyPipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipe
             pooled_prompt_embeds,
             negative_pooled_prompt_embeds,
         )
-        batch = Batch(text.count, text.count * num_images_per_prompt, (0, 0))
-        # a pipeline for texts alone may be built without a UNet
-        dtype = (self.text_encoder if self.unet is None else self.unet).dtype
 
-        def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-            return encode_texts(self.text_encoder, self.tokenizer, texts, device)
+        def encode(texts: list[str]) -> States:
+            return encode_with_mclip(self.text_encoder, self.tokenizer, texts, device)
 
-        def repeated(states: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-            return [batch.expand(state.to(device, dtype), "prompt_embeds") for state in states]
-
-        hidden, pooled = repeated(text.positive(encode))
-        if not do_classifier_free_guidance:
-            return hidden, None, pooled, None
-        negative_hidden, negative_pooled = repeated(text.negative(encode))
-        return hidden, negative_hidden, pooled, negative_pooled
+        return text.encoded(  # pyright: ignore[reportReturnType] (as many as there are names)
+            encode, num_images_per_prompt, do_classifier_free_guidance, device, self._text_dtype
+        )
 
     @property
     def _embeds_width(self) -> int:
         return self.unet.config.cross_attention_dim
-
-    def _check(self, arguments: Mapping[str, Any]) -> Call:
-        text = TextInputs.of(arguments)
-        return replace(self._check_common(arguments, text.count), text=text)
-
-    def _encode(self, call: Call, device: torch.device) -> Conditions:
-        """All conditions that text-to-image knows, one row for each picture."""
-        hidden, negative_hidden, pooled, negative_pooled = self.encode_prompt(
-            device=device,
-            num_images_per_prompt=call.batch.images_per_prompt,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            **vars(call.text),
-        )
-        conditions = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
-        if negative_hidden is not None and negative_pooled is not None:
-            conditions |= {
-                "negative_prompt_embeds": negative_hidden,
-                "negative_pooled_prompt_embeds": negative_pooled,
-            }
-        return conditions | self._embeds_for(call, device)
-
-    def _both(self, conditions: Conditions, name: str) -> torch.Tensor:
-        """A condition for the network: the unconditional half first, where there is guidance."""
-        if not self.do_classifier_free_guidance:
-            return conditions[name]
-        return torch.cat([conditions[f"negative_{name}"], conditions[name]])
 
     def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """What the UNet says of `latents` at `timestep`.

@@ -9,9 +9,9 @@ from diffusers.pipelines.kandinsky import KandinskyImg2ImgPipeline as StockKandi
 
 from ..decoding import Img2ImgMixin
 from ..images import Images
+from ..mclip import TextStates
 from ..options import Embeds, Img2ImgOptions, Pictures, Prompts, accepts
 from .pipeline import KandinskyPipeline
-from .text import TextStates
 
 
 class KandinskyImg2ImgPipeline(Img2ImgMixin, KandinskyPipeline, StockKandinskyImg2ImgPipeline):

@@ -9,9 +9,9 @@ from diffusers.pipelines.kandinsky import KandinskyInpaintPipeline as StockKandi
 
 from ..images import Images
 from ..inpainting import InpaintMixin
+from ..mclip import TextStates
 from ..options import Embeds, InpaintOptions, Pictures, Prompts, accepts
 from .pipeline import KandinskyPipeline
-from .text import TextStates
 
 
 class KandinskyInpaintPipeline(InpaintMixin, KandinskyPipeline, StockKandinskyInpaintPipeline):

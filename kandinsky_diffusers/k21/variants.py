@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .. import movq_weights
+from .. import autoencoder_weights
+from ..components_2 import ancestral_scheduler, ddim_scheduler, ddpm_scheduler, mclip, mclip_tokenizer
 from ..conversion import smoke
 from ..conversion.files import copy_clip_image_processor, copy_tokenizer, image_processor_check, tokenizer_check
 from ..conversion.recipe import (
@@ -22,67 +23,20 @@ from ..conversion.recipe import (
 from . import weights
 
 
-BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+BETAS = (0.00085, 0.012)
 
 FILES = (
     SourceFile("decoder", ("decoder_fp16.ckpt",), partial(weights.is_unet, in_channels=4)),
     SourceFile("inpainting", ("inpainting_fp16.ckpt",), partial(weights.is_unet, in_channels=9)),
     SourceFile("prior", ("prior_fp16.ckpt",), weights.is_prior),
     SourceFile("stats", ("ViT-L-14_stats.th",), weights.is_stats, names=("clip_mean", "clip_std")),
-    SourceFile("movq", ("movq_final.ckpt",), movq_weights.is_movq),
+    SourceFile("movq", ("movq_final.ckpt",), autoencoder_weights.is_movq),
     SourceFile(
         "text_encoder",
         ("text_encoder/pytorch_model.bin", "text_encoder/model.safetensors"),
         weights.is_text_encoder,
     ),
     SourceFile("clip", ("model.safetensors", "pytorch_model.bin"), weights.is_clip, root="clip"),
-)
-
-DDIM_SCHEDULER = ConfigComponent(
-    "scheduler",
-    "diffusers",
-    "DDIMScheduler",
-    config={
-        **BETAS,
-        "beta_schedule": "linear",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "prediction_type": "epsilon",
-        "timestep_spacing": "leading",
-    },
-)
-
-# as near to the original's ancestral sampler as stock comes: float32 tables, but the same timesteps and threshold
-DDPM_SCHEDULER = ConfigComponent(
-    "ddpm_scheduler",
-    "diffusers",
-    "DDPMScheduler",
-    config={
-        **BETAS,
-        "beta_schedule": "linear",
-        "variance_type": "learned_range",
-        "clip_sample": False,
-        "prediction_type": "epsilon",
-        "thresholding": True,
-        "dynamic_thresholding_ratio": 0.995,
-        "sample_max_value": 2.0,
-        "timestep_spacing": "linspace",
-    },
-)
-
-ANCESTRAL_SCHEDULER = ConfigComponent(
-    "ancestral_scheduler",
-    "kandinsky_diffusers",
-    "KandinskyAncestralScheduler",
-    config={
-        **BETAS,
-        "denoised_range": 2.0,
-        "dynamic_thresholding_ratio": 0.995,
-        "variance_type": "learned_range",
-        "prediction_type": "epsilon",
-    },
-    module="kandinsky_diffusers.schedulers",
 )
 
 PRIOR_SCHEDULER = ConfigComponent(
@@ -102,26 +56,13 @@ MOVQ = ModelComponent(
     "movq",
     "diffusers",
     "VQModel",
-    parts=(Part("movq", movq_weights.movq_rules),),
-    configure=movq_weights.movq_config,
+    parts=(Part("movq", autoencoder_weights.movq_rules),),
+    configure=autoencoder_weights.movq_config,
     keep_float32=True,
 )
 
-TEXT_ENCODER = ModelComponent(
-    "text_encoder",
-    "kandinsky",
-    "MultilingualCLIP",
-    parts=(Part("text_encoder", weights.text_encoder_rules),),
-    configure=weights.text_encoder_config,
-)
-
-TOKENIZER = FilesComponent(
-    "tokenizer",
-    "transformers",
-    "XLMRobertaTokenizer",
-    write=partial(copy_tokenizer, root="release", folder="text_encoder", class_name="XLMRobertaTokenizer"),
-    check=partial(tokenizer_check, root="release", folder="text_encoder"),
-)
+MCLIP = mclip("text_encoder", "text_encoder")
+TOKENIZER = mclip_tokenizer("text_encoder")
 
 PRIOR = ModelComponent(
     "prior",
@@ -183,9 +124,15 @@ def _decoder(name: str, pipeline: str, file: str, run: Callable[[Any], list[Any]
         name,
         pipeline,
         main=file,
-        components=(_unet(file), MOVQ, TEXT_ENCODER, TOKENIZER, DDIM_SCHEDULER),
+        components=(
+            _unet(file),
+            MOVQ,
+            MCLIP,
+            TOKENIZER,
+            ddim_scheduler(BETAS),
+        ),
         smoke=run,
-        extras=(DDPM_SCHEDULER, ANCESTRAL_SCHEDULER),
+        extras=(ddpm_scheduler(BETAS, 2.0), ancestral_scheduler(BETAS, 2.0)),
         joined=joined,
     )
 

@@ -59,9 +59,9 @@ class Kandinsky3InpaintPipeline(InpaintMixin, Kandinsky3Pipeline):
         if self._unet_sees_known:
             hidden = keep_latents if self._is_latents(known.pixels) else 1.0 - masks.to(known.pixels)
             shown = known.pixels * (hidden == 1.0).to(known.pixels)
-            conditions["masked_image"] = self._encode_known(shown, batch, device)
+            conditions["masked_image"] = self._image_latents(shown, call, device)
         if not self._unet_sees_known or call["strength"] < 1.0:
-            conditions["known_latents"] = self._encode_known(known.pixels, batch, device)
+            conditions["known_latents"] = self._image_latents(known.pixels, call, device)
         return conditions
 
     @torch.no_grad()

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import movq_weights
+from .. import autoencoder_weights, t5_weights
 from ..conversion import smoke
 from ..conversion.files import copy_tokenizer, tokenizer_check
 from ..conversion.hub_source import published_config, weight_paths
+from ..conversion.matching import Shapes
 from ..conversion.recipe import ConfigComponent, FilesComponent, ModelComponent, Part, Release, Repo, SourceFile
 from . import weights
 
@@ -24,11 +25,16 @@ def find_roots(folder: Path) -> dict[str, Path]:
 
 
 # ------------------------------------------------------------------------------------------------ files
+def is_text_encoder(shapes: Shapes) -> bool:
+    """Whether these are the keys of Flan-UL2; the mT5 of 2.0 has the same, and is 512 wide."""
+    return t5_weights.is_t5(shapes) and shapes["shared.weight"][1:] != (512,)
+
+
 def _unet_file(name: str, path: str, in_channels: int, renamed: dict[str, str | None]) -> SourceFile:
     return SourceFile(name, (path,), partial(weights.is_unet, in_channels=in_channels), renamed=renamed)
 
 
-MOVQ_FILE = SourceFile("movq", ("movq.pt",), movq_weights.is_movq_without_codebook)
+MOVQ_FILE = SourceFile("movq", ("movq.pt",), autoencoder_weights.is_movq_without_codebook)
 
 # In 3.0 a file holds UNet and projection, in 3.1 each has its own.
 NESTED: dict[str, str | None] = {"unet/": "", "projections/": None}
@@ -44,7 +50,7 @@ FILES_30 = (
         for name, path in (("unet", "kandinsky3.pt"), ("inpainting", "kandinsky3_inpainting.pt"))
     ),
     MOVQ_FILE,
-    SourceFile("text_encoder", weight_paths("", "transformers"), weights.is_text_encoder, root="text_encoder"),
+    SourceFile("text_encoder", weight_paths("", "transformers"), is_text_encoder, root="text_encoder"),
 )
 
 FILES_31 = (
@@ -60,7 +66,7 @@ FILES_31 = (
         )
     ),
     MOVQ_FILE,
-    SourceFile("text_encoder", weight_paths("flan_ul2_encoder", "transformers"), weights.is_text_encoder),
+    SourceFile("text_encoder", weight_paths("flan_ul2_encoder", "transformers"), is_text_encoder),
 )
 
 
@@ -69,8 +75,8 @@ MOVQ = ModelComponent(
     "movq",
     "diffusers",
     "VQModel",
-    parts=(Part("movq", movq_weights.movq_rules_without_codebook),),
-    configure=movq_weights.movq_config,
+    parts=(Part("movq", autoencoder_weights.movq_rules_without_codebook),),
+    configure=autoencoder_weights.movq_config,
     keep_float32=True,
 )
 
@@ -80,7 +86,7 @@ def _text_encoder(root: str, folder: str) -> ModelComponent:
         "text_encoder",
         "transformers",
         "T5EncoderModel",
-        parts=(Part("text_encoder", weights.text_encoder_rules),),
+        parts=(Part("text_encoder", t5_weights.t5_encoder_rules),),
         configure=partial(published_config, root=root, folder=folder),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..conversion.errors import ConversionError
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config, Inputs
-from ..conversion.rules import Drop, RuleTable, rename
+from ..conversion.rules import RuleTable, rename
 from ..conversion.shapes import count_modules, shape_of
 from ..conversion.transforms import Flatten
 
@@ -143,25 +143,3 @@ def is_projection(shapes: Shapes, prefix: str = "") -> bool:
 def projection_rules(config: Config, prefix: str = "") -> RuleTable:
     """Rules of the projection, which diffusers has in the UNet."""
     return RuleTable(rules=tuple(rename(f"{prefix}{source}", target) for source, target in PROJECTION.items()))
-
-
-# ------------------------------------------------------------------------------------------------ text encoder
-def is_text_encoder(shapes: Shapes) -> bool:
-    """Whether these are the keys of a T5, or of its encoder."""
-    return "shared.weight" in shapes and "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
-
-
-def text_encoder_rules(config: Config) -> RuleTable:
-    """Rules of the encoder half of T5."""
-    return RuleTable(
-        rules=(
-            rename("shared.weight", "shared.weight"),
-            rename("encoder.block.{rest}", "encoder.block.{rest}"),
-            rename("encoder.final_layer_norm.weight", "encoder.final_layer_norm.weight"),
-        ),
-        drops=(
-            Drop("encoder.embed_tokens.weight", "the same tensor as shared.weight"),
-            Drop("decoder.{rest}", "the decoder of T5, which Kandinsky does not use"),
-            Drop("lm_head.weight", "belongs to the decoder of T5"),
-        ),
-    )

@@ -103,6 +103,8 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         denoised_range: the predicted clean latents are clamped to plus/minus this first (2.1: 2.0); None: no clamp.
         dynamic_thresholding_ratio: then this quantile s of their absolute values, at least 1, clips them and divides
             them (https://arxiv.org/abs/2205.11487, section 2.3); None for no threshold.
+        denoised_thresholding: when inpainting, threshold the predicted clean latents once more, before the known ones
+            are put into them (2.0).
         variance_type: `"learned_range"`, the only one: the network predicts `2 * channels` channels.
         prediction_type: `"epsilon"`, the only one.
         threshold_reference: `"sample"` takes the quantile of each sample; `"first"`, as the original, that of
@@ -124,6 +126,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         beta_end: float = 0.012,
         denoised_range: float | None = 2.0,
         dynamic_thresholding_ratio: float | None = 0.995,
+        denoised_thresholding: bool = False,
         variance_type: Literal["learned_range"] = "learned_range",
         prediction_type: Literal["epsilon"] = "epsilon",
         threshold_reference: Literal["sample", "first"] = "sample",
@@ -172,6 +175,7 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         noise_prediction, variance_prediction = model_output.float().split(sample.shape[1], dim=1)
         x0 = self._clean(index, sample.float(), noise_prediction)
         if known_latents is not None and keep_mask is not None:
+            x0 = self._threshold(x0) if self.config.denoised_thresholding else x0
             x0 = x0 * (1.0 - keep_mask.float()) + known_latents.float() * keep_mask.float()
         x0 = self._threshold(x0)
         share = (variance_prediction + 1.0) / 2.0

@@ -13,6 +13,7 @@ from kandinsky_diffusers.conversion import ConversionError, plan, plan_source
 
 INVENTORIES = Path(__file__).parents[1] / "data" / "inventory"
 FILES = sorted(path.name for path in INVENTORIES.glob("k21_*.json.gz"))
+FILES_20 = sorted(path.name for path in INVENTORIES.glob("k20_*.json.gz"))
 FILES_3 = sorted(path.name for path in INVENTORIES.glob("k3_*.json.gz"))
 
 
@@ -79,10 +80,25 @@ def test_one_key_too_many_is_named(name):
     assert "loss.discriminator.weight" in plan(shapes, drop=["loss.*"])[0].plan.dropped
 
 
-@pytest.mark.parametrize("name", ["k20_Kandinsky-2-0.pt.json.gz", "k20_text_encoder1__pytorch_model.bin.json.gz"])
-def test_files_of_other_releases_are_not_taken_for_ours(name):
-    with pytest.raises(ConversionError):
-        plan(shapes_of(name))
+@pytest.mark.parametrize("name", FILES_20)
+def test_every_key_of_kandinsky_2_0_is_used_or_dropped_with_a_reason(name):
+    found, plans = plan_source(INVENTORIES / name, version="2.0")
+    (model,) = plans
+    (file,) = found.inputs.files.values()
+    assert all(model.plan.dropped.values())
+    assert {*model.plan.inverse.target_shapes, *model.plan.dropped} == file.shapes.keys()
+
+
+def test_all_files_of_kandinsky_2_0_together_make_whole_models(tmp_path):
+    for name in FILES_20:
+        (tmp_path / name).symlink_to(INVENTORIES / name)
+    _, plans = plan_source(tmp_path, version="2.0")
+    names = [model.component.name for model in plans]
+    assert sorted(names) == ["text_encoder", "text_encoder_2", "unet", "unet", "vae"]
+    unet = next(model for model in plans if model.component.name == "unet")
+    assert unet.config["block_out_channels"] == [384, 768, 1152, 1536]
+    assert (unet.config["text_dim"], unet.config["text_dim_2"]) == (1024, 512)
+    assert (unet.config["pooled_text_dim"], unet.config["cross_attention_dim"]) == (640, 768)
 
 
 def test_old_files_with_position_numbers_convert_too():

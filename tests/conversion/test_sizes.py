@@ -9,12 +9,13 @@ from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_diffusers import Kandinsky3UNet, movq_weights
+from kandinsky_diffusers import Kandinsky3UNet, autoencoder_weights
 from kandinsky_diffusers.conversion.matching import match
 from kandinsky_diffusers.conversion.preview import plan
 from kandinsky_diffusers.conversion.recipe import Inputs
 from kandinsky_diffusers.k3 import weights as weights3
 from kandinsky_diffusers.k21 import weights
+from kandinsky_diffusers.unet_weights import ATTENTION_DOWN, ATTENTION_UP, PLAIN_DOWN, PLAIN_UP
 
 
 levels = st.lists(st.booleans(), min_size=2, max_size=4)
@@ -36,9 +37,9 @@ def test_unets_of_any_depth_and_attention_levels(attention, layers, head_dim, in
         "sample_size": 64,
         "in_channels": 9 if inpaint else 4,
         "out_channels": 8,
-        "down_block_types": [weights.ATTENTION_DOWN if level else weights.PLAIN_DOWN for level in attention],
+        "down_block_types": [ATTENTION_DOWN if level else PLAIN_DOWN for level in attention],
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": [weights.ATTENTION_UP if level else weights.PLAIN_UP for level in reversed(attention)],
+        "up_block_types": [ATTENTION_UP if level else PLAIN_UP for level in reversed(attention)],
         "block_out_channels": [32 * (number + 1) for number in range(len(attention))],
         "layers_per_block": layers,
         "cross_attention_dim": 24,
@@ -88,12 +89,12 @@ def test_autoencoders_of_any_depth_and_attention_levels(attention, layers, codes
         "vq_embed_dim": 4,
         "norm_type": "spatial",
     }
-    shapes = original_shapes(VQModel, config, movq_weights.movq_rules(config))
-    assert movq_weights.movq_config(shapes, Inputs()) == config
-    config["num_vq_embeddings"] = movq_weights.CODES
-    shapes = original_shapes(VQModel, config, movq_weights.movq_rules_without_codebook(config))
-    assert movq_weights.is_movq_without_codebook(shapes)
-    assert movq_weights.movq_config(shapes, Inputs()) == config
+    shapes = original_shapes(VQModel, config, autoencoder_weights.movq_rules(config))
+    assert autoencoder_weights.movq_config(shapes, Inputs()) == config
+    config["num_vq_embeddings"] = autoencoder_weights.CODES
+    shapes = original_shapes(VQModel, config, autoencoder_weights.movq_rules_without_codebook(config))
+    assert autoencoder_weights.is_movq_without_codebook(shapes)
+    assert autoencoder_weights.movq_config(shapes, Inputs()) == config
 
 
 @settings(max_examples=10, deadline=None)

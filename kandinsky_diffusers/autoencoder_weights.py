@@ -1,7 +1,8 @@
-"""Where every tensor of an original MoVQ goes: rules that the releases of 2.1 and 3.x share.
+"""Where every tensor of an original autoencoder goes: MoVQ of 2.1 and 3.x, the VAE of 2.0.
 
 Original code: ai-forever/Kandinsky-2, folder ``kandinsky2/vqgan``, and ai-forever/Kandinsky-3,
-``kandinsky3/movq.py``, whose MoVQ has no codebook and wraps the norms of its encoder.
+``kandinsky3/movq.py``, whose MoVQ has no codebook and wraps the norms of its encoder.  The norms in MoVQ's decoder are
+spatial, those in the VAE's are not.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 from .conversion.matching import Shapes
 from .conversion.recipe import Config, Inputs
-from .conversion.rules import Constant, RuleTable, rename
+from .conversion.rules import Constant, Drop, RuleTable, rename
 from .conversion.shapes import count_modules, shape_of
 from .conversion.transforms import Squeeze
 
 
 CODEBOOK = "quantize.embedding.weight"
 CODES = 16384  # as many as the published codebook of 2.1 has
+VAE_SCALE = 0.0512  # of latents, as published (kandinsky2/configs.py)
 
 
 def is_movq(shapes: Shapes) -> bool:
@@ -30,18 +32,19 @@ def is_movq_without_codebook(shapes: Shapes) -> bool:
     return "decoder.norm_out.conv_y.weight" in shapes and CODEBOOK not in shapes
 
 
+def is_vae(shapes: Shapes) -> bool:
+    """Whether these are the keys of the VAE of 2.0."""
+    return "decoder.norm_out.weight" in shapes and "encoder.mid.attn_1.q.weight" in shapes
+
+
 def movq_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``VQModel`` with spatial norms."""
     levels = range(count_modules(shapes, "encoder.down"))
     down = [f"encoder.down.{level}.attn.0.q.weight" in shapes for level in levels]
     up = [f"decoder.up.{level}.attn.0.q.weight" in shapes for level in reversed(levels)]
-    channels = [shape_of(shapes, f"encoder.down.{level}.block.0.conv1.weight")[0] for level in levels]
     return {
-        "in_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
-        "out_channels": shape_of(shapes, "decoder.conv_out.weight")[0],
+        **_sizes(shapes),
         "latent_channels": shape_of(shapes, "encoder.conv_out.weight")[0],
-        "block_out_channels": channels,
-        "layers_per_block": count_modules(shapes, "encoder.down.0.block"),
         "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in down],
         "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in up],
         "num_vq_embeddings": shapes.get(CODEBOOK, (CODES,))[0],
@@ -50,21 +53,73 @@ def movq_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def vae_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
+    """Configuration of the ``AutoencoderKL``."""
+    sizes = _sizes(shapes)
+    levels = len(sizes["block_out_channels"])
+    return {
+        **sizes,
+        "latent_channels": shape_of(shapes, "post_quant_conv.weight")[0],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": inputs.setting("image_enc_params.params.ddconfig.resolution", 256),
+        "scaling_factor": inputs.setting("image_enc_params.scale", VAE_SCALE),
+    }
+
+
+def _sizes(shapes: Shapes) -> dict[str, Any]:
+    levels = range(count_modules(shapes, "encoder.down"))
+    return {
+        "in_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
+        "out_channels": shape_of(shapes, "decoder.conv_out.weight")[0],
+        "block_out_channels": [shape_of(shapes, f"encoder.down.{n}.block.0.conv1.weight")[0] for n in levels],
+        "layers_per_block": count_modules(shapes, "encoder.down.0.block"),
+    }
+
+
 def movq_rules(config: Config) -> RuleTable:
     """Rules of a MoVQ with a codebook."""
-    return _movq_rules(config) + RuleTable(rules=(rename(CODEBOOK, CODEBOOK),))
+    return _rules(config, SPATIAL) + RuleTable(rules=(rename(CODEBOOK, CODEBOOK),))
 
 
 def movq_rules_without_codebook(config: Config) -> RuleTable:
     """Rules of a MoVQ without codebook; ``VQModel`` has one, which is not used."""
     codebook = Constant(CODEBOOK, 0.0, "the original has no codebook")
-    return _movq_rules(config, wrapper=".norm_layer") + RuleTable(constants=(codebook,))
+    return _rules(config, SPATIAL, wrapper=".norm_layer") + RuleTable(constants=(codebook,))
 
 
-def _movq_rules(config: Config, wrapper: str = "") -> RuleTable:
-    """Rules of all but the codebook.  ``wrapper`` follows the names of the encoder's norms."""
+def vae_rules(config: Config) -> RuleTable:
+    """Rules of the VAE, whose file also has what Lightning and the training need."""
+    bookkeeping = (
+        "callbacks",
+        "callbacks/{rest}",
+        "epoch",
+        "global_step",
+        "hyper_parameters",
+        "hyper_parameters/{rest}",
+        "lr_schedulers",
+        "optimizer_states",
+        "pytorch-lightning_version",
+    )
+    drops = [Drop(name, "of Lightning, for going on with the training") for name in bookkeeping]
+    drops += [Drop("loss.{rest}", "of the loss, for training"), Drop("model_ema.{rest}", "averages of the training")]
+    return _rules(config, PLAIN) + RuleTable(drops=tuple(drops))
+
+
+# the parts of a norm in the decoder: of an attention layer, target by source
+SPATIAL = {f"norm.{name}": f"spatial_norm.{name}" for name in ("norm_layer", "conv_y", "conv_b")}
+PLAIN = {"norm": "group_norm"}
+
+
+def _rules(config: Config, norms: dict[str, str], wrapper: str = "") -> RuleTable:
+    """Rules of all but the codebook.
+
+    Args:
+        config: of the model.
+        norms: the norm of an attention layer in the decoder.
+        wrapper: follows the names of the encoder's norms.
+    """
     to_qkv = {source: f"to_{source}" for source in "qkv"} | {"proj_out": "to_out.0"}
-    spatial_norm = ("norm_layer", "conv_y", "conv_b")
     return RuleTable(
         rules=(
             rename("{coder}.conv_in.{p}", "{coder}.conv_in.{p}"),
@@ -79,8 +134,8 @@ def _movq_rules(config: Config, wrapper: str = "") -> RuleTable:
             rename("{resnet}.nin_shortcut.{p}", "{resnet}.conv_shortcut.{p}", optional=True),
             rename(f"{{encoder_attention}}.norm{wrapper}.{{p}}", "{encoder_attention}.group_norm.{p}"),
             *(
-                rename(f"{{decoder_attention}}.norm.{n}.{{p}}", f"{{decoder_attention}}.spatial_norm.{n}.{{p}}")
-                for n in spatial_norm
+                rename(f"{{decoder_attention}}.{source}.{{p}}", f"{{decoder_attention}}.{target}.{{p}}")
+                for source, target in norms.items()
             ),
             *(
                 rename(f"{{attention}}.{n}.weight", f"{{attention}}.{to}.weight", Squeeze(2))
@@ -90,11 +145,11 @@ def _movq_rules(config: Config, wrapper: str = "") -> RuleTable:
             rename("quant_conv.{p}", "quant_conv.{p}"),
             rename("post_quant_conv.{p}", "post_quant_conv.{p}"),
         ),
-        paths=_movq_paths(config),
+        paths=_paths(config),
     )
 
 
-def _movq_paths(config: Config) -> dict[str, dict[str, str]]:
+def _paths(config: Config) -> dict[str, dict[str, str]]:
     """The decoder of the original counts its levels from the picture, diffusers from the latents."""
     levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
     up = {f"decoder.up.{level}": f"decoder.up_blocks.{levels - 1 - level}" for level in range(levels)}
