@@ -39,14 +39,9 @@ def is_vae(shapes: Shapes) -> bool:
 
 def movq_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``VQModel`` with spatial norms."""
-    levels = range(count_modules(shapes, "encoder.down"))
-    down = [f"encoder.down.{level}.attn.0.q.weight" in shapes for level in levels]
-    up = [f"decoder.up.{level}.attn.0.q.weight" in shapes for level in reversed(levels)]
     return {
         **_sizes(shapes),
         "latent_channels": shape_of(shapes, "encoder.conv_out.weight")[0],
-        "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in down],
-        "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in up],
         "num_vq_embeddings": shapes.get(CODEBOOK, (CODES,))[0],
         "vq_embed_dim": shape_of(shapes, "quant_conv.weight")[0],
         "norm_type": "spatial",
@@ -55,13 +50,9 @@ def movq_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
 
 def vae_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``AutoencoderKL``."""
-    sizes = _sizes(shapes)
-    levels = len(sizes["block_out_channels"])
     return {
-        **sizes,
+        **_sizes(shapes),
         "latent_channels": shape_of(shapes, "post_quant_conv.weight")[0],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
         "sample_size": inputs.setting("image_enc_params.params.ddconfig.resolution", 256),
         "scaling_factor": inputs.setting("image_enc_params.scale", VAE_SCALE),
     }
@@ -69,11 +60,15 @@ def vae_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
 
 def _sizes(shapes: Shapes) -> dict[str, Any]:
     levels = range(count_modules(shapes, "encoder.down"))
+    down = [f"encoder.down.{level}.attn.0.q.weight" in shapes for level in levels]
+    up = [f"decoder.up.{level}.attn.0.q.weight" in shapes for level in reversed(levels)]
     return {
         "in_channels": shape_of(shapes, "encoder.conv_in.weight")[1],
         "out_channels": shape_of(shapes, "decoder.conv_out.weight")[0],
         "block_out_channels": [shape_of(shapes, f"encoder.down.{n}.block.0.conv1.weight")[0] for n in levels],
         "layers_per_block": count_modules(shapes, "encoder.down.0.block"),
+        "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in down],
+        "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in up],
     }
 
 

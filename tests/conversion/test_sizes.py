@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+from diffusers import AutoencoderKL, PriorTransformer, UNet2DConditionModel, VQModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_diffusers import Kandinsky3UNet, autoencoder_weights
+from kandinsky_diffusers import Kandinsky3UNet, KandinskyV20UNet, autoencoder_weights
 from kandinsky_diffusers.conversion.matching import match
 from kandinsky_diffusers.conversion.preview import plan
 from kandinsky_diffusers.conversion.recipe import Inputs
 from kandinsky_diffusers.k3 import weights as weights3
+from kandinsky_diffusers.k20 import weights as weights20
 from kandinsky_diffusers.k21 import weights
 from kandinsky_diffusers.unet_weights import ATTENTION_DOWN, ATTENTION_UP, PLAIN_DOWN, PLAIN_UP
 
@@ -44,15 +45,15 @@ def test_unets_of_any_depth_and_attention_levels(attention, layers, head_dim, in
         "layers_per_block": layers,
         "cross_attention_dim": 24,
         "attention_head_dim": head_dim,
-        "encoder_hid_dim": 40,
-        "encoder_hid_dim_type": "text_image_proj",
-        "addition_embed_type": "text_image",
         "resnet_time_scale_shift": "scale_shift",
     }
-    shapes = original_shapes(UNet2DConditionModel, config, weights.unet_rules(config))
     inputs = Inputs(original_config={"model_config": {"num_head_channels": head_dim}})
-    assert weights.is_unet(shapes, config["in_channels"])
-    assert weights.unet_config(shapes, inputs) == config
+    of_21 = {"encoder_hid_dim": 40, "encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"}
+    of_20 = {"text_dim": 40, "text_dim_2": 16, "pooled_text_dim": 12}
+    for cls, own, family in ((UNet2DConditionModel, of_21, weights), (KandinskyV20UNet, of_20, weights20)):
+        shapes = original_shapes(cls, config | own, family.unet_rules(config | own))
+        assert family.is_unet(shapes, config["in_channels"])
+        assert family.unet_config(shapes, inputs) == config | own
 
 
 @settings(max_examples=10, deadline=None)
@@ -85,10 +86,13 @@ def test_autoencoders_of_any_depth_and_attention_levels(attention, layers, codes
         "layers_per_block": layers,
         "down_block_types": ["AttnDownEncoderBlock2D" if level else "DownEncoderBlock2D" for level in attention],
         "up_block_types": ["AttnUpDecoderBlock2D" if level else "UpDecoderBlock2D" for level in reversed(attention)],
-        "num_vq_embeddings": codes,
-        "vq_embed_dim": 4,
-        "norm_type": "spatial",
     }
+    of_vae = config | {"sample_size": 256, "scaling_factor": 0.0512}
+    shapes = original_shapes(AutoencoderKL, of_vae, autoencoder_weights.vae_rules(of_vae))
+    assert autoencoder_weights.is_vae(shapes)
+    assert autoencoder_weights.vae_config(shapes, Inputs()) == of_vae
+
+    config |= {"num_vq_embeddings": codes, "vq_embed_dim": 4, "norm_type": "spatial"}
     shapes = original_shapes(VQModel, config, autoencoder_weights.movq_rules(config))
     assert autoencoder_weights.movq_config(shapes, Inputs()) == config
     config["num_vq_embeddings"] = autoencoder_weights.CODES
