@@ -112,6 +112,8 @@ class TextConditionsMixin:
     """Mixed in before the other parts of a text-to-image pipeline whose UNet reads states made by `encode_prompt`."""
 
     _text_inputs: type[TextInputs] = TextInputs
+    # what the UNet takes besides hidden states, and under which name the conditions have it
+    _added_conditions: ClassVar[Mapping[str, str]]
 
     def _check(self, arguments: Mapping[str, Any]) -> Call:
         text = self._text_inputs.of(arguments)
@@ -138,6 +140,27 @@ class TextConditionsMixin:
         if not self.do_classifier_free_guidance:
             return conditions[name]
         return torch.cat([conditions[f"negative_{name}"], conditions[name]])
+
+    def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """What the UNet says of `latents` at `timestep`.
+
+        Args:
+            latents: `[batch, 4, height, width]`.
+            timestep: a training timestep.
+            conditions: named tensors with one row for each image: those of the callback, and `masked_image` and
+                `mask_image` (latents, 1 keeps) when inpainting.
+
+        Returns:
+            Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
+            where guidance is off.
+        """
+        return self.unet(
+            sample=self._unet_input(latents, timestep, conditions),
+            timestep=timestep,
+            encoder_hidden_states=self._both(conditions, "prompt_embeds"),
+            added_cond_kwargs={to: self._both(conditions, name) for to, name in self._added_conditions.items()},
+            return_dict=False,
+        )[0]
 
 
 def encode_with_mclip(text_encoder: Any, tokenizer: Any, texts: list[str], device: torch.device) -> States:

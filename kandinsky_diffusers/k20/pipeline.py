@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Unpack
+from typing import Annotated, ClassVar, Unpack
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline
@@ -11,7 +11,7 @@ from diffusers.pipelines.kandinsky import MultilingualCLIP
 from transformers import MT5EncoderModel, T5Tokenizer, XLMRobertaTokenizer
 
 from .. import sampling
-from ..decoding import Call, Conditions, DecoderMixin
+from ..decoding import Call, DecoderMixin
 from ..images import pad_to
 from ..mclip import States, TextConditionsMixin, encode_with_mclip
 from ..movq import pixels_per_latent
@@ -49,6 +49,7 @@ class KandinskyV20Pipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineM
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
     _text_inputs = TextInputs
+    _added_conditions: ClassVar = {"text_embeds": "pooled_prompt_embeds", "text_embeds_2": "prompt_embeds_2"}
     _callback_tensor_inputs = ("latents", *TextInputs.state_names())
 
     def __init__(
@@ -149,30 +150,6 @@ class KandinskyV20Pipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineM
         """Pixels `[batch, 3, height, width]` around [-1, 1], cropped to the size asked for."""
         pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return pixels[..., :height, :width]
-
-    def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """What the UNet says of `latents` at `timestep`.
-
-        Args:
-            latents: `[batch, 4, height, width]`.
-            timestep: a training timestep.
-            conditions: named tensors with one row for each image: those of the callback, and `masked_image` and
-                `mask_image` (latents, 1 keeps) when inpainting.
-
-        Returns:
-            Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
-            where guidance is off.
-        """
-        return self.unet(
-            sample=self._unet_input(latents, timestep, conditions),
-            timestep=timestep,
-            encoder_hidden_states=self._both(conditions, "prompt_embeds"),
-            added_cond_kwargs={
-                "text_embeds": self._both(conditions, "pooled_prompt_embeds"),
-                "text_embeds_2": self._both(conditions, "prompt_embeds_2"),
-            },
-            return_dict=False,
-        )[0]
 
     @torch.no_grad()
     @accepts(KandinskyV20Options, TextStates)

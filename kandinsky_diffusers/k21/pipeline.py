@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
@@ -11,7 +11,7 @@ from diffusers.pipelines.kandinsky import KandinskyPipeline as StockKandinskyPip
 from diffusers.pipelines.kandinsky import MultilingualCLIP
 from transformers import XLMRobertaTokenizer
 
-from ..decoding import Conditions, DecoderMixin
+from ..decoding import DecoderMixin
 from ..mclip import States, TextConditionsMixin, TextInputs, TextStates, encode_with_mclip
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DecoderOptions, Embeds, Pictures, Prompts, accepts
@@ -33,6 +33,7 @@ class KandinskyPipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineMixi
     """
 
     model_cpu_offload_seq = "text_encoder->unet->movq"
+    _added_conditions: ClassVar = {"text_embeds": "pooled_prompt_embeds", "image_embeds": "image_embeds"}
     _callback_tensor_inputs = (
         "latents",
         "prompt_embeds",
@@ -112,30 +113,6 @@ class KandinskyPipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineMixi
     @property
     def _embeds_width(self) -> int:
         return self.unet.config.cross_attention_dim
-
-    def predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """What the UNet says of `latents` at `timestep`.
-
-        Args:
-            latents: `[batch, 4, height, width]`.
-            timestep: a training timestep.
-            conditions: named tensors with one row for each image: those of the callback, and `masked_image` and
-                `mask_image` (latents, 1 keeps) when inpainting.
-
-        Returns:
-            Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
-            where guidance is off.
-        """
-        return self.unet(
-            sample=self._unet_input(latents, timestep, conditions),
-            timestep=timestep,
-            encoder_hidden_states=self._both(conditions, "prompt_embeds"),
-            added_cond_kwargs={
-                "text_embeds": self._both(conditions, "pooled_prompt_embeds"),
-                "image_embeds": self._both(conditions, "image_embeds"),
-            },
-            return_dict=False,
-        )[0]
 
     @torch.no_grad()
     @accepts(DecoderOptions, TextStates, stock=StockKandinskyPipeline)
