@@ -156,9 +156,12 @@ class DecoderMixin:
         """
         if self._is_latents(pixels):
             return pixels.to(device, self.unet.dtype)
+        return self._encoded(pixels, device).latents.to(self.unet.dtype)
+
+    def _encoded(self, pixels: torch.Tensor, device: torch.device) -> Any:
+        """What the autoencoder says of padded pictures."""
         size = (size * self.movq_scale_factor for size in self._latent_size(pixels.shape[-2:]))
-        padded = pad_to(pixels, *size).to(device, self._autoencoder.dtype)
-        return self._autoencoder.encode(padded).latents.to(self.unet.dtype)
+        return self._autoencoder.encode(pad_to(pixels, *size).to(device, self._autoencoder.dtype))
 
     def _image_latents(self, pixels: torch.Tensor, call: Call, device: torch.device) -> torch.Tensor:
         """Latents of pictures, or such latents, one for each picture of the batch."""

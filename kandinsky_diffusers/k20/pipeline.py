@@ -12,7 +12,6 @@ from transformers import MT5EncoderModel, T5Tokenizer, XLMRobertaTokenizer
 
 from .. import sampling
 from ..decoding import Call, DecoderMixin
-from ..images import pad_to
 from ..mclip import States, TextConditionsMixin, encode_with_mclip
 from ..movq import pixels_per_latent
 from ..options import DecoderOptions, Pictures, Prompts, accepts
@@ -136,12 +135,18 @@ class KandinskyV20Pipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineM
 
         return text.encoded(encode, num_images_per_prompt, do_classifier_free_guidance, device, self._text_dtype)
 
+    def encode_pixels(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Latents as for 2.1, here the mean of the posterior; image to image and inpainting draw a sample of it."""
+        if self._is_latents(pixels):
+            return super().encode_pixels(pixels, device)
+        mean = self._encoded(pixels, device).latent_dist.mean
+        return (mean * self.vae.config.scaling_factor).to(self.unet.dtype)
+
     def _image_latents(self, pixels: torch.Tensor, call: Call, device: torch.device) -> torch.Tensor:
         """A sample of the posterior, as in the original, drawn for each picture of the batch."""
         if self._is_latents(pixels):
             return super()._image_latents(pixels, call, device)
-        size = (side * self.vae_scale_factor for side in self._latent_size(pixels.shape[-2:]))
-        posterior = self.vae.encode(pad_to(pixels, *size).to(device, self.vae.dtype)).latent_dist
+        posterior = self._encoded(pixels, device).latent_dist
         mean, std = (call.batch.expand(rows, "image") for rows in (posterior.mean, posterior.std))
         noise = sampling.draw_noise(mean.shape, call["generator"], device, mean.dtype)
         return ((mean + std * noise) * self.vae.config.scaling_factor).to(self.unet.dtype)

@@ -49,6 +49,10 @@ def test_golden_vae(goldens_20: GoldenFamily, pipe: DiffusionPipeline) -> None:
     assert_close(posterior.parameters, case["moments"], MODULE, "moments")
     assert_close(posterior.mean + posterior.std * case["noise.posterior"], case["sample"], MODULE, "sample")
     assert_close(pipe.vae.decode(case["z"]).sample, case["decoded"], MODULE, "decoded")
+    mean = case["moments"].chunk(2, dim=1)[0] * case.parameters["latent_scale"]
+    padded = pipe.encode_pixels(case["x"], torch.device("cpu"))  # to whole blocks of 64 pixels
+    assert padded.shape[-2:] == (8, 8)
+    assert_close(pipe.encode_pixels(mean, torch.device("cpu")), mean, MODULE, "latents as they are")
     assert pipe.vae.config.scaling_factor == case.parameters["latent_scale"]
 
 
