@@ -58,6 +58,7 @@ OTHER_PIPELINES: tuple[type, ...] = (
 
 COMPONENTS: tuple[type, ...] = (
     k20.KandinskyV20UNet,
+    k3.Kandinsky3ControlNetModel,
     k3.Kandinsky3UNet,
     movq.MoVQ,
     prior.CachedPriorTransformer,

@@ -21,6 +21,7 @@ CONVERTIBLE = {
     "2.2": "kandinsky_diffusers.k22.variants:RELEASE",
     "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
+    "3-controlnet": "kandinsky_diffusers.k3.variants:RELEASE_CONTROLNET",
 }
 
 PUBLISHED_FILES = {
@@ -35,6 +36,7 @@ PUBLISHED_FILES = {
         "flan_ul2_encoder",
     ),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
+    "3-controlnet": ("unet_controlnet",),
 }
 
 # releases that were published as repositories in the Hub's format, by how the names of their pipelines begin

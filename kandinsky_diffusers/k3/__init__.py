@@ -7,6 +7,7 @@ which the components say. Stock has the UNet and two pipelines, without null emb
 
 from __future__ import annotations
 
+from .controlnet import Kandinsky3ControlNetModel
 from .pipeline import Kandinsky3Pipeline
 from .pipeline_img2img import Kandinsky3Img2ImgPipeline
 from .pipeline_inpaint import Kandinsky3InpaintPipeline
@@ -14,6 +15,7 @@ from .unet import Kandinsky3UNet
 
 
 __all__ = [
+    "Kandinsky3ControlNetModel",
     "Kandinsky3Img2ImgPipeline",
     "Kandinsky3InpaintPipeline",
     "Kandinsky3Pipeline",
