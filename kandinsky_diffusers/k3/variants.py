@@ -222,14 +222,11 @@ def _run_controlnet(controlnet: Any) -> list[Any]:
     import torch
 
     config = controlnet.config
-    latents, image = (
-        torch.zeros(1, config.in_channels, 8, 8),
-        torch.full((1, config.conditioning_channels, 64, 64), 0.5),
-    )
+    latents = torch.zeros(1, config.in_channels, 8, 8)
+    image = torch.full((1, config.conditioning_channels, 64, 64), 0.5)
+    context = torch.zeros(1, 1, config.cross_attention_dim)
     with torch.no_grad():
-        return list(
-            controlnet(latents, 500, torch.zeros(1, 1, config.cross_attention_dim), None, image, return_dict=False)[0]
-        )
+        return list(controlnet(latents, 500, context, None, image, return_dict=False)[0])
 
 
 RELEASE_CONTROLNET = Release(
