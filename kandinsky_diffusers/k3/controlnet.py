@@ -131,7 +131,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
         weights |= {key: of_unet[key] for key in weights if not key.startswith("controlnet_")}
         weights["conv_in.weight"] = weights["conv_in.weight"][:, : controlnet.config.in_channels]
         controlnet.load_state_dict(weights)
-        return controlnet.to(unet.device, unet.dtype)
+        return controlnet.to(device=unet.device, dtype=unet.dtype)
 
     def forward(
         self,

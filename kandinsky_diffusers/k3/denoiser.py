@@ -46,10 +46,11 @@ class DenoiserMixin:
         """
         if attention_op is not None:
             raise ValueError(f"`attention_op` is {attention_op!r}; accepted is None, xformers chooses the operator.")
+        model: Any = self
         if valid:
-            enable_xformers(self)
+            enable_xformers(model)
         else:
-            self.reset_attention_backend()
+            model.reset_attention_backend()
 
     def _embed_time(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))

@@ -115,11 +115,11 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
 
     def _check_controlnet(self) -> None:
         of_unet, own = self.unet.config, self.controlnet.config
-        sizes = [(*of_unet.block_out_channels[:-1], of_unet.cross_attention_dim)]
-        sizes += [(*own.block_out_channels, own.cross_attention_dim)]
-        if sizes[0] != sizes[1]:
+        sizes = (*own.block_out_channels, own.cross_attention_dim)
+        wanted = (*of_unet.block_out_channels[:-1], of_unet.cross_attention_dim)
+        if sizes != wanted:
             raise ValueError(
-                f"`controlnet` has levels and a context of {sizes[1]} channels; accepted with this UNet are {sizes[0]}."
+                f"`controlnet` has levels and a context of {sizes} channels; accepted with this UNet are {wanted}."
             )
 
     def _encode(self, call: Call, device: torch.device) -> Conditions:
