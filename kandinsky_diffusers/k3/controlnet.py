@@ -108,7 +108,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
         conditioning_channels: int = 3,
         conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256),
     ) -> Self:
-        """A ControlNet to train for a UNet: with its weights where it has any, and without effect at first.
+        """A ControlNet to train for a UNet, in float32: with its weights where it has them, without effect at first.
 
         Args:
             unet: of 3.x. Of one for inpainting the weights for the latents are taken.
@@ -131,7 +131,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
         weights |= {key: of_unet[key] for key in weights if not key.startswith("controlnet_")}
         weights["conv_in.weight"] = weights["conv_in.weight"][:, : controlnet.config.in_channels]
         controlnet.load_state_dict(weights)
-        return controlnet.to(device=unet.device, dtype=unet.dtype)
+        return controlnet
 
     def forward(
         self,

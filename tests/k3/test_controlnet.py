@@ -202,7 +202,7 @@ def test_a_map_acts_where_it_is_not_zero(build: Any, draw: Any, controlnet: Any,
 
 
 # ------------------------------------------------------------------------------------------------ batches and sizes
-@pytest.mark.parametrize(("name", "kind"), zip(TASKS, ("3.1", "stock", "3.1 inpaint"), strict=True))
+@pytest.mark.parametrize(("name", "kind"), [*zip(TASKS, ("3.1", "stock", "3.1 inpaint"), strict=True)])
 def test_a_picture_of_a_batch_is_the_picture_made_alone(
     build: Any, inputs: Any, edges: Any, name: str, kind: str
 ) -> None:
