@@ -1,6 +1,6 @@
 """Different prompts for parts of a picture, with Kandinsky 3.1.
 
-    python examples/regional_prompting.py --repos repos --output pictures --prompt "a room" --left "a cat" --right "a dog"
+    python examples/regional_prompting.py --repos repos --output pictures --left "a cat" --right "a dog"
 
 `repos` is what `kandinsky-diffusers convert` has written; the example uses `repos/kandinsky-3-1`.
 """
