@@ -16,6 +16,7 @@ from .pipeline_controlnet import (
 )
 from .pipeline_img2img import Kandinsky3Img2ImgPipeline
 from .pipeline_inpaint import Kandinsky3InpaintPipeline
+from .regions import Region
 from .unet import Kandinsky3UNet
 
 
@@ -28,4 +29,5 @@ __all__ = [
     "Kandinsky3InpaintPipeline",
     "Kandinsky3Pipeline",
     "Kandinsky3UNet",
+    "Region",
 ]

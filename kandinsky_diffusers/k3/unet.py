@@ -92,6 +92,8 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
         project: bool = False,
         projected: bool = False,
         context_lengths: torch.Tensor | None = None,
+        regional_hidden_states: torch.Tensor | None = None,
+        regional_attention_mask: torch.Tensor | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
     ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
         """Predict the noise, or project the text.
@@ -111,6 +113,10 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
             context_lengths: `[batch]` ints; the query that pools the text is the mean of so many first rows of each
                 sample's context (the original's context has one row more than the text has tokens). None for all
                 rows, as stock has it.
+            regional_hidden_states: `[batch, regional tokens, ...]`, of prompts for parts of the picture, like
+                `encoder_hidden_states`. They are not pooled; in the cross-attentions they follow the others, and the
+                processors know which token is for which part ([`k3.regions.RegionalAttention`]).
+            regional_attention_mask: `[batch, regional tokens]`; both masks are needed then.
             down_block_additional_residuals: what a ControlNet adds to the outputs of all levels but the lowest, as
                 the way up sees them: from the first level on `[batch, channels, height, width]`.
 
@@ -131,6 +137,11 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
         context = encoder_hidden_states if projected else self.encoder_hid_proj(encoder_hidden_states)
         time_embed = self._embed_time(timestep, sample)
         time_embed = self._pool(time_embed, context, mask, context_lengths)
+        if regional_hidden_states is not None:
+            regional = regional_hidden_states if projected else self.encoder_hid_proj(regional_hidden_states)
+            context = torch.cat([context, regional], dim=1)
+            mask = _joined(encoder_attention_mask, regional_attention_mask)
+            mask = additive_mask(mask, sample.dtype, as_original=projected)
         sample = self._transform(sample, time_embed, context, mask, down_block_additional_residuals)
         return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
 
@@ -171,3 +182,11 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
                 sample = torch.cat([sample, skips.pop().to(sample.device)], dim=1)
             sample = self._run(block, sample, time_embed, context, mask)
         return self.conv_out(self.conv_act_out(self.conv_norm_out(sample)))
+
+
+def _joined(mask: torch.Tensor | None, regional_mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None or regional_mask is None:
+        raise ValueError(
+            "`regional_hidden_states` needs `encoder_attention_mask` and `regional_attention_mask`; one is None."
+        )
+    return torch.cat([mask, regional_mask], dim=1)
