@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
 
 from kandinsky_diffusers import Kandinsky3ControlNetModel
-from tests.k3.test_golden_pipelines import check, fork_arguments, fork_replay, fork_states
+from tests.k3.test_golden_pipelines import check, fork_arguments, fork_regions, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import SAMPLER, assert_close
 
@@ -56,4 +56,24 @@ def test_golden_image_to_image(
     latents = pipe(image=picture, control_image=case["hint"], **arguments).images
     assert not draws.draws
     assert_close(encoded[0], case["init_latents"], SAMPLER, "latents of the picture")
+    check(case, pipe, latents)
+
+
+@torch.no_grad()
+def test_golden_regional_prompting(
+    goldens_controlnet: GoldenFamily, converted_31: Path, controlnet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ControlNet sees the prompt of the whole picture alone."""
+    case = goldens_controlnet.case("e2e_controlnet_regional")
+    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1", controlnet=controlnet)
+    draws = fork_replay(case, pipe, monkeypatch)
+    negative = fork_states(pipe, case.parameters["negative_prompt"])
+    latents = pipe(
+        **fork_arguments(case, pipe, negative),
+        image=case["hint"],
+        controlnet_conditioning_scale=case.parameters["k"],
+        regions=fork_regions(case, pipe),
+        regional_base_ratio=case.parameters["base_ratio"],
+    ).images
+    assert not draws.draws
     check(case, pipe, latents)
