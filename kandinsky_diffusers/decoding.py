@@ -66,6 +66,7 @@ class Call:
         text: prompts and negative prompts, for the pipelines that take any.
         source: pixels, or what is known of them, where a picture is given.
         hint: a depth map `[1 or prompts or pictures, 3, height, width]`, for the UNets that take one.
+        image_prompts: what IP-Adapters are shown, where any are loaded.
     """
 
     arguments: Mapping[str, Any]
@@ -74,6 +75,7 @@ class Call:
     text: Any = None
     source: Any = None
     hint: torch.Tensor | None = None
+    image_prompts: Any = None
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

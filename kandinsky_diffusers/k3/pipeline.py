@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, VQModel
@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.pipelines.kandinsky3 import Kandinsky3Pipeline as StockKandinsky3Pipeline
 from diffusers.utils import logging
-from transformers import T5EncoderModel, T5Tokenizer
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, T5EncoderModel, T5Tokenizer
 
 from .. import sampling
 from ..decoding import Batch, Call, Conditions, DecoderMixin
@@ -22,6 +22,7 @@ from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..schedulers import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler, Kandinsky3FlashScheduler
+from .ip_adapter import IPAdapterOptions, Kandinsky3IPAdapterMixin
 from .text import TextEncoder, TextInputs, TextStates, context_of, fitted, no_text, stock_context_of
 from .unet import Kandinsky3UNet
 
@@ -34,7 +35,7 @@ STOCK_DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 3.0}  # for repos
 SIDE = 1024  # pixels, of a picture when no size is given
 
 
-class Kandinsky3Options(DrawingOptions, total=False):
+class Kandinsky3Options(IPAdapterOptions, DrawingOptions, total=False):
     """What the pipelines of 3.x take; None leaves it to the repo's scheduler, and to the input picture.
 
     Args:
@@ -50,7 +51,7 @@ class Kandinsky3Options(DrawingOptions, total=False):
     guidance_scale: Annotated[float | None, None]
 
 
-class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pipeline):
+class Kandinsky3Pipeline(Kandinsky3IPAdapterMixin, DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pipeline):
     """Text to image with Kandinsky 3.0, 3.1 or Flash; which one is a matter of its components.
 
     To change one part, subclass it and override `encode_prompt`, `prepare_latents`, `predict_noise` or
@@ -65,9 +66,12 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
             `encode_prompt` is used.
         scheduler: decides on the sampler, and on the default number of steps and guidance scale.
         movq: the image autoencoder.
+        image_encoder: CLIP, for IP-Adapters; `load_ip_adapter` brings it, if need be.
+        feature_extractor: makes the image encoder's pixel values; likewise.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->movq"
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->movq"
+    _optional_components: ClassVar = ["image_encoder", "feature_extractor"]
     _callback_tensor_inputs = (
         "latents",
         "prompt_embeds",
@@ -88,6 +92,8 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         unet: StockKandinsky3UNet | Kandinsky3UNet,
         scheduler: Scheduler,
         movq: VQModel | MoVQ,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
     ):
         DiffusionPipeline.__init__(self)
         self.register_modules(
@@ -96,6 +102,8 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
             unet=unet,
             scheduler=scheduler,
             movq=self._in_float32(movq),
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
         )
         self.movq_scale_factor = pixels_per_latent(movq)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.movq_scale_factor, resample="bicubic")
@@ -197,7 +205,8 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             if (states := getattr(text, name)) is not None:
                 check_shape(states, (*states.shape[:2], self.unet.config.encoder_hid_dim), name)
-        return replace(self._check_common(arguments, text.count), text=text)
+        call = self._check_common(arguments, text.count)
+        return replace(call, text=text, image_prompts=self._check_image_prompts(call))
 
     def _check_encoder(self, text: TextInputs) -> None:
         if text.needs_encoder and (self.text_encoder is None or self.tokenizer is None):
@@ -228,7 +237,7 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
             negative = {"prompt_embeds": negative_states.to(self.unet.dtype), "attention_mask": negative_mask}
             conditions = {name: torch.cat([negative[name], rows]) for name, rows in conditions.items()}
             conditions |= {f"negative_{name}": rows for name, rows in negative.items()}
-        return conditions | self._context(conditions, call.batch.images)
+        return conditions | self._context(conditions, call.batch.images) | self._image_conditions(call, device)
 
     def _context(self, conditions: Conditions, images: int) -> Conditions:
         states, mask = conditions["prompt_embeds"], conditions["attention_mask"]
@@ -269,19 +278,21 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
             timestep: a training timestep.
             conditions: named tensors: `context`, `context_mask` and, if samples differ in it, `context_lengths`, with
                 the unconditional half first where guidance is on (see [`k3.text.context_of`]); `masked_image` and
-                `mask_image` (latents, 1 keeps) when inpainting.
+                `mask_image` (latents, 1 keeps) when inpainting; `ip_adapter_image_embeds` with an IP-Adapter.
 
         Returns:
             `[2 * batch or batch, 4, height, width]`.
         """
+        sample = self._unet_input(latents, timestep, conditions)
         return self.unet(
-            self._unet_input(latents, timestep, conditions),
+            sample,
             timestep,
             encoder_hidden_states=conditions["context"],
             encoder_attention_mask=conditions["context_mask"],
             return_dict=False,
             projected=self._has_null_embedding,
             context_lengths=conditions.get("context_lengths"),
+            added_cond_kwargs=self._added_conditions(conditions, len(sample)),
         )[0]
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

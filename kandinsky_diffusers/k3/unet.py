@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +14,13 @@ from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNetOutput
 from ..attention import MASKING_BACKENDS, DispatchedAttnProcessor, enable_xformers, use_dispatched_attention
 from ..components import SavedAsStock
 from ..inputs import check_choice
+from .ip_adapter_unet import IPAdapterUNetMixin
 
 
 STOCK_MASKED_SCORE = -10000.0  # what stock adds to the score of a token that is not attended to
 
 
-class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
+class Kandinsky3UNet(IPAdapterUNetMixin, SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
     """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
 
     The original projects the text outside of the UNet, and zeroes what is padding afterwards. So the context is made
@@ -29,7 +30,7 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         for t in scheduler.timesteps:
             prediction = unet(latents, t, context, mask, projected=True).sample
 
-    It can be given LoRA adapters, checkpoints gradients, and its attention runs on the chosen backend.
+    It can be given LoRA adapters and IP-Adapters, checkpoints gradients, and its attention runs on the chosen backend.
 
     Args:
         in_channels: 4 for pictures; 9 for inpainting: noisy latents, mask (1 keeps), latents of the masked picture.
@@ -79,12 +80,15 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         if out_channels not in (None, in_channels):
             self.conv_out = torch.nn.Conv2d(block_out_channels[0] // 2, out_channels, kernel_size=3, padding=1)
         self.null_embedding = torch.nn.Parameter(torch.zeros(cross_attention_dim)) if has_null_embedding else None
+        self.image_proj = None
         use_dispatched_attention(self)
 
     def _on_shared_state(self) -> None:
         # what a stock object cannot have, and its configuration need not know
         self.register_to_config(out_channels=None, has_null_embedding=False)
         self.null_embedding = None
+        if not hasattr(self, "image_proj"):  # another view may have loaded IP-Adapters
+            self.image_proj = None
         use_dispatched_attention(self)
 
     @property
@@ -130,6 +134,7 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         project: bool = False,
         projected: bool = False,
         context_lengths: torch.Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
     ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
         """Predict the noise, or project the text.
 
@@ -148,6 +153,8 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
             context_lengths: `[batch]` ints; the query that pools the text is the mean of so many first rows of each
                 sample's context (the original's context has one row more than the text has tokens). None for all
                 rows, as stock has it.
+            added_cond_kwargs: with IP-Adapters, `{"image_embeds": [...]}`, one tensor `[batch, width of embeddings]`
+                for each.
 
         Raises:
             ValueError: an argument is missing or does not belong there, or `sample` has a size that cannot be halved
@@ -165,6 +172,7 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         context = encoder_hidden_states if projected else self.encoder_hid_proj(encoder_hidden_states)
         time_embed = self._embed_time(timestep, sample)
         time_embed = self._pool(time_embed, context, mask, context_lengths)
+        context = self._with_image_tokens(context, added_cond_kwargs)
         sample = self._transform(sample, time_embed, context, mask)
         return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
 
