@@ -163,7 +163,13 @@ class ImageAttention(torch.nn.Module):
     def forward(
         self, query: torch.Tensor, tokens: torch.Tensor, backend: AttentionBackendName | None = None
     ) -> torch.Tensor:
-        """`[batch, positions, out_dim]` for `query` `[batch, positions, heads, width]`, `tokens` `[batch, n, token_dim]`."""
+        """Attend: `[batch, positions, out_dim]`.
+
+        Args:
+            query: `[batch, positions, heads, width of a head]`.
+            tokens: `[batch, tokens, token_dim]`.
+            backend: None for the default.
+        """
         heads = query.shape[2]
         key, value = (to(tokens).unflatten(-1, (heads, -1)) for to in (self.to_k_ip, self.to_v_ip))
         return self.to_out_ip(_attend(backend, query, key, value, None))
@@ -176,7 +182,7 @@ class IPAdapterAttnProcessor(torch.nn.Module):
     (`Kandi3AttnProcessorIpAdapter` in kandinsky3_diffusers/models/attention_processor.py of the original.)
 
     Args:
-        text: the processor for the text; the choice of an attention backend is its.
+        text: the processor for the text; its attention backend is chosen together with that for pictures.
         adapters: one [`ImageAttention`] for each adapter.
         token_counts: how many tokens a picture has for each adapter.
         scale: how much each adapter counts; one that does not count at all is not computed.
@@ -190,18 +196,23 @@ class IPAdapterAttnProcessor(torch.nn.Module):
         self.adapters = torch.nn.ModuleList(adapters)
         self.token_counts = list(token_counts)
         self.scale = list(scale)
+        self._backend: AttentionBackendName | None = getattr(text, "_attention_backend", None)
 
     @property
     def _attention_backend(self) -> AttentionBackendName | None:
-        return self.text._attention_backend
+        return self._backend
 
     @_attention_backend.setter
     def _attention_backend(self, backend: AttentionBackendName | None) -> None:
-        self.text._attention_backend = backend
+        self._backend = backend
+        if hasattr(self.text, "_attention_backend"):
+            self.text._attention_backend = backend
 
     def with_text(self, text: Any) -> IPAdapterAttnProcessor:
         """The same adapters beside another processor for the text."""
-        return IPAdapterAttnProcessor(text, list(self.adapters), self.token_counts, self.scale)
+        other = IPAdapterAttnProcessor(text, list(self.adapters), self.token_counts, self.scale)
+        other._backend = self._backend
+        return other
 
     def forward(
         self,
@@ -226,11 +237,22 @@ class IPAdapterAttnProcessor(torch.nn.Module):
         if not any(self.scale):
             return output
         query = _split_heads(attn, attn.to_q(hidden_states))
-        backend = getattr(self.text, "_attention_backend", None)
         for adapter, tokens, scale in zip(self.adapters, pictures, self.scale, strict=True):
             if scale:
-                output = output + scale * adapter(query, tokens, backend)
+                output = output + scale * adapter(query, tokens, self._backend)
         return output
+
+
+def text_processor(layer: Any) -> Any:
+    """The processor with which a layer attends to the text."""
+    processor = layer.processor
+    return processor.text if isinstance(processor, IPAdapterAttnProcessor) else processor
+
+
+def set_text_processor(layer: Any, processor: Any) -> None:
+    """Let a layer attend to the text with `processor`; its IP-Adapters, if it has any, stay."""
+    adapted = layer.processor
+    layer.set_processor(adapted.with_text(processor) if isinstance(adapted, IPAdapterAttnProcessor) else processor)
 
 
 _DISPATCHED = {

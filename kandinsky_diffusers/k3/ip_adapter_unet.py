@@ -17,6 +17,7 @@ from ..attention import ImageAttention, IPAdapterAttnProcessor
 logger = logging.get_logger(__name__)
 
 Weights = Mapping[str, torch.Tensor]
+LayerSizes = Mapping[str, tuple[int, int]]
 
 PROJECTION, LAYERS = "image_proj", "ip_adapter"  # as in the published IP-Adapters of diffusers
 _SHOWN = 3  # wrong keys in a message
@@ -47,7 +48,8 @@ class IPAdapterUNetMixin:
         Raises:
             ValueError: keys are missing or unknown, or tensors have other shapes than this UNet needs.
         """
-        adapters = [IPAdapter.from_weights(self, tensors) for tensors in weights]
+        sizes, width = layer_sizes(self), self.config.cross_attention_dim
+        adapters = [IPAdapter.from_weights(own, sizes, width).to(self.device, self.dtype) for own in weights]
         self.unload_ip_adapters()
         self.image_proj = torch.nn.ModuleList(adapter.projection for adapter in adapters)
         counts = [adapter.projection.num_image_text_embeds for adapter in adapters]
@@ -131,6 +133,11 @@ def cross_attentions(unet: Any) -> dict[str, Any]:
     }
 
 
+def layer_sizes(unet: Any) -> LayerSizes:
+    """Widths of queries and output of each cross-attention, by their paths; the UNet may be on the meta device."""
+    return {name: (layer.inner_dim, layer.out_dim) for name, layer in cross_attentions(unet).items()}
+
+
 @dataclass(frozen=True)
 class IPAdapter:
     """The modules of one adapter.
@@ -144,39 +151,38 @@ class IPAdapter:
     layers: dict[str, ImageAttention]
 
     @classmethod
-    def on_meta(cls, unet: Any, embed_width: int, tokens: int) -> IPAdapter:
-        """An adapter for `unet`, without weights.
+    def on_meta(cls, layers: LayerSizes, width: int, embed_width: int, tokens: int) -> IPAdapter:
+        """An adapter without weights.
 
         Args:
-            unet: a [`Kandinsky3UNet`], may be on the meta device.
+            layers: widths of queries and output of each cross-attention.
+            width: of the context that these attend to, `cross_attention_dim`.
             embed_width: width of the image embeddings.
             tokens: number of tokens that are made of a picture.
         """
-        width = unet.config.cross_attention_dim
         with torch.device("meta"):
-            return cls(
-                ImageProjection(embed_width, width, tokens),
-                {
-                    name: ImageAttention(width, layer.inner_dim, layer.out_dim)
-                    for name, layer in cross_attentions(unet).items()
-                },
-            )
+            parts = {name: ImageAttention(width, *sizes) for name, sizes in layers.items()}
+            return cls(ImageProjection(embed_width, width, tokens), parts)
 
     @classmethod
-    def from_weights(cls, unet: Any, weights: Weights) -> IPAdapter:
-        """An adapter for `unet`, on its device and of its dtype.
+    def from_weights(cls, weights: Weights, layers: LayerSizes, width: int) -> IPAdapter:
+        """An adapter with these weights, for layers as in [`on_meta`].
 
         Raises:
             ValueError: see [`IPAdapterUNetMixin.load_ip_adapters`].
         """
-        tokens, embed_width = _size_of(weights, unet.config.cross_attention_dim)
-        adapter = cls.on_meta(unet, embed_width, tokens)
+        tokens, embed_width = _size_of(weights, width)
+        adapter = cls.on_meta(layers, width, embed_width, tokens)
         _check_weights({key: tuple(tensor.shape) for key, tensor in weights.items()}, adapter.shapes)
         for place, module in adapter._parts.items():
-            own = {key: weights[f"{place}.{key}"] for key in module.state_dict()}
-            module.load_state_dict(own, assign=True)
-            module.to(unet.device, unet.dtype)
+            module.load_state_dict({key: weights[f"{place}.{key}"] for key in module.state_dict()}, assign=True)
         return adapter
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> IPAdapter:
+        """Move and cast all modules."""
+        for module in self._parts.values():
+            module.to(device, dtype)
+        return self
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
