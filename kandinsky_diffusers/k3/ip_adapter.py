@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 from diffusers.loaders import IPAdapterMixin
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -85,6 +86,7 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         subfolder: str | list[str] | None = None,
         weight_name: str | list[str] = WEIGHT_NAME,
         image_encoder_folder: str | None = "image_encoder",
+        variant: str | None = None,
         **hub_options: Any,
     ) -> None:
         """Load one IP-Adapter, or several at once, in the place of those that were loaded before.
@@ -98,6 +100,7 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
             subfolder: of the folder; a list for several.
             weight_name: of the safetensors file; a list for several.
             image_encoder_folder: where the image encoder lies, below `subfolder` unless it has a `/`; None loads none.
+            variant: of the image encoder's file, such as `"fp16"`.
             hub_options: `cache_dir`, `force_download`, `local_files_only`, `token` and `revision`.
 
         Raises:
@@ -109,7 +112,7 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         weights = [_read(adapter, **hub_options) for adapter in adapters]
         brought = {}
         if image_encoder_folder is not None and self.image_encoder is None:
-            brought = self._read_encoder(adapters, image_encoder_folder, hub_options)
+            brought = self._read_encoder(adapters, image_encoder_folder, variant, hub_options)
         with self._offloaded_anew():
             self.unet.load_ip_adapters(weights)
             if brought:
@@ -133,7 +136,7 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
         if not all(isinstance(number, Real) and math.isfinite(number) for number in scales):
             raise TypeError(f"`scale` is {scale!r}; accepted is a number, or a list with one for each IP-Adapter.")
-        self.unet.set_ip_adapter_scales([float(number) for number in scales])
+        self.unet.set_ip_adapter_scale([float(number) for number in scales])
 
     def unload_ip_adapter(self) -> None:
         """Take out all adapters, and the image encoder that came with them; the UNet is then as it was before.
@@ -187,15 +190,19 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         """Names of the components that have come with an adapter."""
         return [name for name in _COMPONENTS if getattr(self, name) in _loaded_with_adapters]
 
-    def _read_encoder(self, adapters: list[_Adapter], folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _read_encoder(
+        self, adapters: list[_Adapter], folder: str, variant: str | None, hub_options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Image encoder and processor beside the first weights that are not a dict."""
         found = next((adapter for adapter in adapters if not isinstance(adapter.source, Mapping)), None)
         if found is None:
             return {}
         source: Any = found.source
         subfolder = folder if "/" in folder else PurePosixPath(found.subfolder or "", folder).as_posix()
-        options = {"subfolder": subfolder, **options}
-        encoder = CLIPVisionModelWithProjection.from_pretrained(source, dtype=self.unet.dtype, **options)
+        options = {"subfolder": subfolder, **hub_options}
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            source, dtype=self.unet.dtype, variant=variant, **options
+        )
         if self.feature_extractor is not None:
             return {"image_encoder": encoder}
         try:
@@ -336,11 +343,11 @@ def _read(adapter: _Adapter, **hub_options: Any) -> dict[str, torch.Tensor]:
     if not adapter.weight_name.endswith(".safetensors"):
         raise ValueError(f"`weight_name` is {adapter.weight_name!r}; accepted is the name of a safetensors file.")
     if Path(adapter.source).is_dir():
-        path = Path(adapter.source, adapter.subfolder or "", adapter.weight_name)
-    else:
-        path = hf_hub_download(
-            str(adapter.source), adapter.weight_name, subfolder=adapter.subfolder or None, **hub_options
-        )
+        return load_file(Path(adapter.source, adapter.subfolder or "", adapter.weight_name))
+    try:
+        path = hf_hub_download(str(adapter.source), adapter.weight_name, subfolder=adapter.subfolder, **hub_options)
+    except HFValidationError as error:
+        raise OSError(f"{str(adapter.source)!r} is no folder, and cannot be the id of a Hub repository.") from error
     return load_file(path)
 
 

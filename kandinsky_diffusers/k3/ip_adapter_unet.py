@@ -64,19 +64,17 @@ class IPAdapterUNetMixin:
         del self.image_proj
         self.image_proj = None
 
-    def set_ip_adapter_scales(self, scales: Sequence[float]) -> None:
+    def set_ip_adapter_scale(self, scale: Sequence[float]) -> None:
         """How much each adapter counts; one number for each.
 
         Raises:
             ValueError: there are more or fewer adapters.
         """
-        if len(scales) != len(self.ip_adapter_widths):
-            raise ValueError(
-                f"`scales` has {len(scales)} items; accepted is one for each of "
-                f"{len(self.ip_adapter_widths)} IP-Adapters."
-            )
+        count = len(self.ip_adapter_widths)
+        if len(scale) != count:
+            raise ValueError(f"`scale` has {len(scale)} items; accepted is one for each of {count} IP-Adapters.")
         for _, processor in self._adapted_layers():
-            processor.scale = list(scales)
+            processor.scale = list(scale)
 
     def set_attn_processor(self, processor: Any) -> None:
         """As diffusers does; adapters stay, and a layer that has any attends to the text with the new processor."""

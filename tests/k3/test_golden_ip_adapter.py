@@ -44,7 +44,9 @@ def test_golden_unet(goldens: GoldenFamily, pipe: Any) -> None:
 @torch.no_grad()
 def test_golden_attention(goldens: GoldenFamily, pipe: Any) -> None:
     case = goldens.case("ip_attention")
-    side, level, block = re.findall(r"(up|down)_samples\.(\d+)\.resnet_attn_blocks\.(\d+)", case.info["model"]["module"])[0]
+    side, level, block = re.findall(
+        r"(up|down)_samples\.(\d+)\.resnet_attn_blocks\.(\d+)", case.info["model"]["module"]
+    )[0]
     layer = pipe.unet.get_submodule(f"{side}_blocks.{level}.attentions.{int(block) + 1}.attention")
     pipe.set_ip_adapter_scale(case.parameters["img_weight"])
     context = torch.cat([case["context"], case["image_tokens"]], dim=1)
