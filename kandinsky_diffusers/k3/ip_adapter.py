@@ -111,11 +111,11 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         adapters = _sources(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
         weights = [_read(adapter, **hub_options) for adapter in adapters]
         brought = {}
-        if image_encoder_folder is not None and self.image_encoder is None:
+        if image_encoder_folder is not None:
             brought = self._read_encoder(adapters, image_encoder_folder, variant, hub_options)
         with self._offloaded_anew():
             self.unet.load_ip_adapters(weights)
-            if brought:
+            if "image_encoder" in brought:
                 brought["image_encoder"].to(self.unet.device)
             self.register_modules(**brought)
         _loaded_with_adapters.update(brought.values())
@@ -163,8 +163,7 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         Raises:
             TypeError, ValueError: an item is no picture, or the pipeline has no image encoder.
         """
-        if self.image_encoder is None:
-            raise ValueError(f"`image` is given, and {_NO_ENCODER}.")
+        self._check_image_encoder("`image` is given")
         images = image if isinstance(image, (list, tuple)) else [image]
         pixels = torch.stack([pixels for item in images for pixels in self._pixel_values(item, "image")])
         device = device or self._execution_device
@@ -193,24 +192,26 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
     def _read_encoder(
         self, adapters: list[_Adapter], folder: str, variant: str | None, hub_options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Image encoder and processor beside the first weights that are not a dict."""
+        """Image encoder and processor, if the pipeline lacks them, from beside the first weights that are no dict."""
         found = next((adapter for adapter in adapters if not isinstance(adapter.source, Mapping)), None)
         if found is None:
             return {}
         source: Any = found.source
         subfolder = folder if "/" in folder else PurePosixPath(found.subfolder or "", folder).as_posix()
         options = {"subfolder": subfolder, **hub_options}
-        encoder = CLIPVisionModelWithProjection.from_pretrained(
-            source, dtype=self.unet.dtype, variant=variant, **options
-        )
-        if self.feature_extractor is not None:
-            return {"image_encoder": encoder}
-        try:
-            processor = CLIPImageProcessor.from_pretrained(source, **options)
-        except OSError:  # many repositories have none
-            side = encoder.config.image_size
-            processor = CLIPImageProcessor(size=side, crop_size=side)
-        return {"image_encoder": encoder, "feature_extractor": processor}
+        brought, encoder = {}, self.image_encoder
+        if encoder is None:
+            encoder = CLIPVisionModelWithProjection.from_pretrained(
+                source, dtype=self.unet.dtype, variant=variant, **options
+            )
+            brought["image_encoder"] = encoder
+        if self.feature_extractor is None:
+            try:
+                brought["feature_extractor"] = CLIPImageProcessor.from_pretrained(source, **options)
+            except OSError:  # many repositories have none
+                side = encoder.config.image_size
+                brought["feature_extractor"] = CLIPImageProcessor(size=side, crop_size=side)
+        return brought
 
     @contextmanager
     def _offloaded_anew(self) -> Iterator[None]:
@@ -261,8 +262,7 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
             return ImagePrompts(shown, [])
         if call[NEGATIVES] is not None:
             return ImagePrompts(shown, self._mixtures(NEGATIVES, call, None))
-        if self.image_encoder is None:
-            raise ValueError(f"`{NEGATIVES}` is missing, and {_NO_ENCODER} to make it with.")
+        self._check_image_encoder(f"`{NEGATIVES}` is missing", *widths)
         side = self.image_encoder.config.image_size
         return ImagePrompts(shown, [Mixture(torch.zeros(1, 3, side, side), torch.ones(1, 1))] * len(widths))
 
@@ -270,20 +270,29 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         leaves = self._pictures if name == PICTURES else self._embeddings
         widths = self.unet.ip_adapter_widths
         found = mixtures(call[name], weights, name, [partial(leaves, width=width, name=name) for width in widths])
-        for mixture in found:
-            call.batch.expand(mixture.weights, name)
+        batch = call.batch
+        for rows in (len(mixture.weights) for mixture in found):
+            if rows not in (1, batch.prompts, batch.images):
+                raise ValueError(
+                    f"`{name}` has {rows} items, and {batch.images} pictures are drawn; accepted is one for all, or"
+                    f" one for each prompt or picture. To mix several, give `{WEIGHTS}`."
+                )
         return found
 
     def _pictures(self, picture: Any, width: int, name: str) -> list[torch.Tensor]:
-        if self.image_encoder is None:
-            raise ValueError(f"`{name}` is given, and {_NO_ENCODER}; accepted is `{EMBEDS}`.")
-        made = self.image_encoder.config.projection_dim
-        if made != width:
-            raise ValueError(
-                f"`{name}` is given, and the image encoder's embeddings are {made} wide, while an IP-Adapter takes"
-                f" {width}; accepted is `{EMBEDS}`."
-            )
+        self._check_image_encoder(f"`{name}` is given", width)
         return self._pixel_values(picture, name)
+
+    def _check_image_encoder(self, why: str, *widths: int) -> None:
+        accepted = f"accepted are `{EMBEDS}` and `{NEGATIVES}`"
+        if self.image_encoder is None or self.feature_extractor is None:
+            raise ValueError(f"{why}, and the pipeline has no image encoder with feature extractor; {accepted}.")
+        made = self.image_encoder.config.projection_dim
+        if any(width != made for width in widths):
+            raise ValueError(
+                f"{why}, and the embeddings of the image encoder are {made} wide, those for the IP-Adapters"
+                f" {', '.join(map(str, widths))}; {accepted}."
+            )
 
     def _embeddings(self, embeds: Any, width: int, name: str) -> list[torch.Tensor]:
         return list(as_rows(embeds, width, name))
@@ -312,9 +321,6 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
         if EMBEDS not in conditions:
             return None
         return {"image_embeds": conditions[EMBEDS][-rows:].split(self.unet.ip_adapter_widths, dim=1)}
-
-
-_NO_ENCODER = "the pipeline has no image encoder"
 
 
 class _Adapter(NamedTuple):

@@ -22,6 +22,7 @@ from tests.support.parity import assert_close
 
 QUICK = {**SIZE, "num_inference_steps": 1, "output_type": "latent"}
 BATCH = 1e-5
+EMBEDS = "ip_adapter_image_embeds"
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_nested_weights_are_those_of_diffusers(bare: Any, other: Any) -> None:
         ({"ip_adapter_image": "cat.png"}, "`ip_adapter_image` is a str"),
         ({"ip_adapter_image": []}, "`ip_adapter_image` has an empty list"),
         ({"ip_adapter_image": torch.zeros(2, 8, 8)}, "`ip_adapter_image` has the shape"),
-        ({"ip_adapter_image": "ppp"}, "`ip_adapter_image` has 3 rows"),
+        ({"ip_adapter_image": "ppp"}, "`ip_adapter_image` has 3 items.*`ip_adapter_weights`"),
         ({"ip_adapter_image": "pp", "ip_adapter_weights": [1.0]}, "`ip_adapter_weights` has 1 numbers"),
         ({"ip_adapter_image": "pp", "ip_adapter_weights": 0.5}, "`ip_adapter_weights` is 0.5"),
         ({"ip_adapter_image": "pp", "ip_adapter_weights": [float("nan"), 1.0]}, "`ip_adapter_weights` is"),
@@ -350,3 +351,16 @@ def test_the_unet_says_what_it_misses(pipe: Any) -> None:
     given = (torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 2, unet.config.cross_attention_dim), torch.ones(1, 2))
     with pytest.raises(ValueError, match="`image_embeds` for 0 IP-Adapters"):
         unet(*given, projected=True)
+
+
+def test_embeddings_have_the_width_of_their_adapter(bare: Any, ip_adapter: Path, other: Any, pictures: Any) -> None:
+    """One adapter has another image encoder, so the pipeline's is of no use for it."""
+    bare.load_ip_adapter(ip_adapter)
+    width = bare.unet.ip_adapter_widths[0]
+    wide = {**other, "image_proj.proj.weight": torch.cat([other["image_proj.proj.weight"]] * 2, dim=1)}
+    bare.load_ip_adapter([ip_adapter, wide])
+    embeds = {name: [torch.ones(w) for w in (width, 2 * width)] for name in (EMBEDS, f"negative_{EMBEDS}")}
+    assert draw(bare, **embeds).isfinite().all()
+    for given in ({"ip_adapter_image": pictures[:2]}, {EMBEDS: embeds[EMBEDS]}):
+        with pytest.raises(ValueError, match=f"image encoder are {width} wide"):
+            draw(bare, **given)
