@@ -66,6 +66,7 @@ class Call:
         text: prompts and negative prompts, for the pipelines that take any.
         source: pixels, or what is known of them, where a picture is given.
         hint: a depth map or control image `[1 or prompts or pictures, 3, height, width]`, where one is taken.
+        image_prompts: what IP-Adapters are shown, where any are loaded.
         regions: prompts for parts of the picture, for the pipelines that take any.
     """
 
@@ -75,6 +76,7 @@ class Call:
     text: Any = None
     source: Any = None
     hint: torch.Tensor | None = None
+    image_prompts: Any = None
     regions: Sequence[Any] = ()
 
     def __getitem__(self, name: str) -> Any:

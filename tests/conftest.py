@@ -135,6 +135,22 @@ def release_31(goldens_31: GoldenFamily, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def release_ip_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny IP-Adapter of 3.1 in the original's layout. Read only."""
+    goldens = golden_family("kandinsky-3-ip-adapter")
+    return build_release(goldens.path, tmp_path_factory.mktemp("release") / "ip-adapter")
+
+
+@pytest.fixture(scope="session")
+def ip_adapter(release_ip_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted repository of `release_ip_adapter`, a folder for `load_ip_adapter`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    (repo,) = convert(release_ip_adapter, tmp_path_factory.mktemp("repos")).repos
+    return repo
+
+
+@pytest.fixture(scope="session")
 def converted_30(goldens_30: GoldenFamily, release_30: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the converted repositories of `release_30`. Read only."""
     from kandinsky_diffusers.conversion import convert
