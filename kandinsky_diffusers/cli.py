@@ -176,7 +176,7 @@ def _show_plans(plans: list[ModelPlan], ignored: tuple[str, ...]) -> None:
         made, plan = len(model.plan.target_shapes), model.plan
         used = sum(len(step.sources) for step in plan.steps)
         typer.echo(
-            f"{' + '.join(model.files)} -> {model.component.name} ({model.component.class_name}): {used} keys make "
+            f"{' + '.join(model.files)} -> {model.component.label} ({model.component.class_name}): {used} keys make "
             f"{made} tensors, {len(plan.dropped)} dropped, {len(plan.elsewhere)} for other models"
         )
         for reason, keys in by_reason(plan.dropped).items():
