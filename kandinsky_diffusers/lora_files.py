@@ -68,7 +68,7 @@ class LoraFormat:
 @functools.cache
 def formats() -> tuple[LoraFormat, ...]:
     """All that are known; the first that has a rule for one of a file's keys is its format."""
-    from .k3.weights import lora_rules  # the pipelines of k3 are built on this module
+    from .k3.lora import lora_rules  # the pipelines of k3 are built on this module
 
     return (
         LoraFormat("the fork kandinsky3_diffusers", lora_rules),

@@ -6,8 +6,6 @@ Original code: ai-forever/Kandinsky-3, folder ``kandinsky3``.
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterable
 from typing import Any
 
 from ..conversion.errors import ConversionError
@@ -116,11 +114,12 @@ def unet_rules(config: Config) -> RuleTable:
             rename(f"{attention}.attention.{{to}}.weight", f"{attention}.attention.{{to}}.weight"),
             rename(NULL_EMBEDDING, NULL_EMBEDDING, Flatten(), optional=True),
         ),
-        paths=_unet_paths(config),
+        paths=unet_paths(config),
     )
 
 
-def _unet_paths(config: Config) -> dict[str, dict[str, str]]:
+def unet_paths(config: Config) -> dict[str, dict[str, str]]:
+    """Modules of the UNet by kind, `resnet`, `attention` and `to`: their paths in the original and in diffusers."""
     to = {"to_query": "to_q", "to_key": "to_k", "to_value": "to_v", "output_layer": "to_out.0"}
     resnets, attentions = {}, {}
     levels = range(len(config["block_out_channels"]))
@@ -145,37 +144,3 @@ def is_projection(shapes: Shapes, prefix: str = "") -> bool:
 def projection_rules(config: Config, prefix: str = "") -> RuleTable:
     """Rules of the projection, which diffusers has in the UNet."""
     return RuleTable(rules=tuple(rename(f"{prefix}{source}", target) for source, target in PROJECTION.items()))
-
-
-# ------------------------------------------------------------------------------------------------ LoRA of the fork
-def is_lora(shapes: Shapes) -> bool:
-    """Whether these are the keys of a LoRA that ai-forever/kandinsky3-diffusers (the fork) has trained."""
-    table = lora_rules(shapes)
-    return bool(shapes) and all(table.target_of(key) for key in shapes)
-
-
-def lora_rules(keys: Iterable[str]) -> RuleTable:
-    """Rules of such a LoRA, for as many blocks as its keys have, to the names of peft.
-
-    The processor adds the LoRA of the output to the output layer's result, computed from what that layer is given; so
-    it is a LoRA of that layer.
-    """
-    numbers = [(int(level), int(layer or 0)) for key in keys for level, layer in _BLOCK.findall(key)]
-    levels, layers = (max(column) + 1 for column in zip(*numbers, (0, 0), strict=True))
-    attentions = _unet_paths({"block_out_channels": range(levels), "layers_per_block": layers})["attention"]
-    return RuleTable(
-        rules=tuple(
-            rename(
-                f"{{block}}.attention.processor.{{layer}}_lora.{side}.weight",
-                f"{{block}}.attention.{{layer}}.{target}",
-            )
-            for side, target in (("down", "lora_A.weight"), ("up", "lora_B.weight"))
-        ),
-        paths={
-            "block": {"feature_pooling": "add_time_condition", **attentions},
-            "layer": {"to_query": "to_q", "to_key": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
-        },
-    )
-
-
-_BLOCK = re.compile(r"^(?:down|up)_samples\.(\d+)\.(?:resnet_attn_blocks\.(\d+))?")
