@@ -297,23 +297,22 @@ class KandinskyLoraMixin(LoraBaseMixin):
         name = adapter_name or loaded[0]
         self._check_loaded([name])
         models = {prefix_of(key): model for key, model in self._lora_models().items() if name in _adapters(model)}
-        layers = {key: get_peft_model_state_dict(model, adapter_name=name) for key, model in models.items()}
+        with self._open_layers():
+            layers = {key: get_peft_model_state_dict(model, adapter_name=name) for key, model in models.items()}
         return layers, {key: model.peft_config[name].to_dict() for key, model in models.items()}
 
     def _checked_name(self, name: str | None, components: Sequence[str], hotswap: bool) -> str:
+        self._check_not_fused()
         loaded = self.get_list_adapters()
         known = {name for names in loaded.values() for name in names}
-        if name is None and not hotswap:
-            return next(free for number in range(len(known) + 1) if (free := f"default_{number}") not in known)
         if hotswap and not all(name in loaded.get(component, ()) for component in components):
-            raise ValueError(
-                f"`adapter_name` is {name!r}; accepted with `hotswap=True` is a loaded one: {sorted(known)}."
-            )
-        if name is None or "." in name or not name:
+            raise ValueError(f"`adapter_name` is {name!r}; with `hotswap=True` accepted is one of {sorted(known)}.")
+        if name is None:
+            return next(free for number in range(len(known) + 1) if (free := f"default_{number}") not in known)
+        if not name or "." in name:
             raise ValueError(f"`adapter_name` is {name!r}; accepted is a name without dots.")
         if name in known and not hotswap:
             raise ValueError(f"`adapter_name` {name!r} is taken; loaded are {sorted(known)}.")
-        self._check_not_fused()
         return name
 
     def _check_loaded(self, names: Sequence[str]) -> None:
@@ -338,8 +337,8 @@ class KandinskyLoraMixin(LoraBaseMixin):
         for name, model in models.items():
             if _is_offloaded_to_disk(model):
                 raise ValueError(
-                    f"`{name}` is offloaded to disk layer by layer, where changed layers would not be written. Load"
-                    " and fuse LoRAs first, and then call `enable_group_offload(offload_to_disk_path=...)`."
+                    f"`{name}` is offloaded to disk layer by layer, where layers cannot be changed or saved. Do so"
+                    " first, and then call `enable_group_offload(offload_to_disk_path=...)`."
                 )
         sequential = any(_is_offloaded_by_layer(model) for model in models.values())
         device = getattr(self, "_offload_device", None)
