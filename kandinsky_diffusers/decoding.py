@@ -24,6 +24,7 @@ from .inputs import (
     count_images,
     expand,
 )
+from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .schedulers import noise_to, start_at
 
@@ -83,7 +84,7 @@ class Call:
         return self.arguments[name]
 
 
-class DecoderMixin:
+class DecoderMixin(KandinskyLoraMixin):
     """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
