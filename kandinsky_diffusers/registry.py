@@ -59,6 +59,7 @@ OTHER_PIPELINES: tuple[type, ...] = (
 COMPONENTS: tuple[type, ...] = (
     k20.KandinskyV20UNet,
     k3.Kandinsky3UNet,
+    k3.KandinskyHEDDetector,
     movq.MoVQ,
     prior.CachedPriorTransformer,
     schedulers.Kandinsky3AncestralScheduler,

@@ -7,6 +7,7 @@ which the components say. Stock has the UNet and two pipelines, without null emb
 
 from __future__ import annotations
 
+from .hed import KandinskyHEDDetector
 from .pipeline import Kandinsky3Pipeline
 from .pipeline_img2img import Kandinsky3Img2ImgPipeline
 from .pipeline_inpaint import Kandinsky3InpaintPipeline
@@ -18,4 +19,5 @@ __all__ = [
     "Kandinsky3InpaintPipeline",
     "Kandinsky3Pipeline",
     "Kandinsky3UNet",
+    "KandinskyHEDDetector",
 ]
