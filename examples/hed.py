@@ -30,7 +30,8 @@ def main(
 ) -> None:
     """Find the edges of a picture, and write both into a folder."""
     if image is None:
-        pipe = AutoPipelineForText2Image.from_pretrained(repos / "kandinsky-3-1", dtype=torch.float16)
+        dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+        pipe = AutoPipelineForText2Image.from_pretrained(repos / "kandinsky-3-1", dtype=dtype)
         if torch.cuda.is_available():
             pipe.enable_model_cpu_offload()
         picture = pipe(prompt, height=size, width=size, num_inference_steps=steps).images[0]

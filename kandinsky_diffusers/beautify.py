@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 from collections.abc import Mapping
@@ -158,6 +159,7 @@ class PromptBeautifier:
         if self._pipeline is not None:
             device = self._pipeline.device.type
             self._pipeline = None
+            gc.collect()  # the hooks of a `device_map` refer to their model and it to them
             empty_device_cache(device)
 
     def _new_answer(self, prompt: str, seed: int | None) -> str:

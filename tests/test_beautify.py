@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kandinsky_diffusers import PromptBeautifier
+from tests.support.language_model import make_language_model
 
 
 # the README of ai-forever/Kandinsky-3, with a prompt in its place
@@ -31,22 +31,8 @@ WITHOUT_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model of two small layers, with a tokenizer trained on a few words."""
-    place = tmp_path_factory.mktemp("language-model")
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    core.train_from_iterator(["a red cat, highly detailed, soft light", "a blue dog in the snow"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    tokenizer.save_pretrained(place)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes))
-    for parameter in model.parameters():
-        parameter.data *= 5.0  # so that the answers differ from prompt to prompt
-    model.save_pretrained(place)
-    return place
+    """A small language model. Read only."""
+    return make_language_model(tmp_path_factory.mktemp("language-model"))
 
 
 @pytest.fixture
@@ -104,7 +90,7 @@ def test_a_chat_model_gets_messages_in_its_own_template(beautifier: PromptBeauti
 
 
 def test_a_chat_model_that_knows_no_system_role_gets_it_all_from_the_user(beautifier: PromptBeautifier) -> None:
-    (message,) = with_chat_template(beautifier, WITHOUT_SYSTEM).request("a red cat")
+    message: Any = with_chat_template(beautifier, WITHOUT_SYSTEM).request("a red cat")[0]
     assert message["role"] == "user"
     assert message["content"].startswith("You are a prompt engineer.")
     assert message["content"].endswith("\n\na red cat")
@@ -200,8 +186,12 @@ def test_an_unloaded_model_is_gone_its_answers_stay_and_it_comes_back(folder: Pa
     answer = beautifier("a red cat")
     assert beautifier._pipeline is None
     assert beautifier("a red cat") == answer
+    beautifier.keep_loaded = True
     assert beautifier("a blue dog")
+    model = weakref.ref(beautifier._pipeline.model)
     beautifier.unload()
+    beautifier.unload()
+    assert model() is None
 
 
 @pytest.mark.parametrize(
