@@ -11,6 +11,7 @@ from .hed import KandinskyHEDDetector
 from .pipeline import Kandinsky3Pipeline
 from .pipeline_img2img import Kandinsky3Img2ImgPipeline
 from .pipeline_inpaint import Kandinsky3InpaintPipeline
+from .regions import Region
 from .unet import Kandinsky3UNet
 
 
@@ -20,4 +21,5 @@ __all__ = [
     "Kandinsky3Pipeline",
     "Kandinsky3UNet",
     "KandinskyHEDDetector",
+    "Region",
 ]
