@@ -44,7 +44,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     for name, result in {"picture": picture, "edges": edges}.items():
         result.save(output / f"hed_{name}.png")
-    typer.echo(f"{output / 'hed_picture.png'} has its edges in {output / 'hed_edges.png'}")
+    typer.echo(f"written: {output / 'hed_picture.png'}, {output / 'hed_edges.png'}")
 
 
 if __name__ == "__main__":

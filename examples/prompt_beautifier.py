@@ -48,7 +48,7 @@ def main(
         options = {"height": size, "width": size, "num_inference_steps": steps, "generator": noise}
         pipe(prompt, prompt_beautifier=better, **options).images[0].save(output / f"{name}.png")
     (output / "beautified.txt").write_text(beautifier(prompt) + "\n", encoding="utf-8")  # known, not asked again
-    typer.echo(f"{output / 'plain.png'}, {output / 'beautified.png'} and its prompt in {output / 'beautified.txt'}")
+    typer.echo(f"written: {output / 'plain.png'}, {output / 'beautified.png'}, {output / 'beautified.txt'}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class PromptOptions(TypedDict, total=False):
 
     Args:
         prompt_beautifier: makes of a list of prompts as many better ones, which are drawn: a [`PromptBeautifier`], or
-            a function. Negative prompts stay as they are.
+            a function. Negative prompts, and those of regions, stay as they are.
     """
 
     prompt_beautifier: Annotated[Beautifier | None, None]
