@@ -39,7 +39,7 @@ PUBLISHED_FILES = {
         "flan_ul2_encoder",
     ),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
-    "3-controlnet": ("unet_controlnet",),
+    "3-controlnet": ("unet_controlnet", "ControlNetHED.pth"),
     "3-lora": ("pytorch_model.bin",),
 }
 
