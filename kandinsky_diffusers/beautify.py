@@ -94,8 +94,8 @@ class PromptBeautifier:
         if language is not None and not (isinstance(language, str) and language.strip()):
             raise ValueError(f"`language` is {language!r}; accepted is a name such as 'English', or None to keep it.")
         self.model = os.fspath(model)
-        self.instruction = _with_language(system_prompt, language)
-        self.template = TEMPLATE if template is None and self.model == MODEL else template
+        self._instruction = _with_language(system_prompt, language)
+        self._template = TEMPLATE if template is None and self.model == MODEL else template
         self.seed = _checked_seed(seed)
         self.keep_loaded = keep_loaded
         self._generation = {**(generation_kwargs or {}), "max_new_tokens": max_new_tokens}
@@ -140,18 +140,18 @@ class PromptBeautifier:
         """
         from jinja2 import TemplateError
 
-        template = self.template
+        template = self._template
         if template is None:
             tokenizer = self._loaded().tokenizer
             if tokenizer.chat_template:
-                chat = [{"role": "system", "content": self.instruction}, {"role": "user", "content": prompt}]
+                chat = [{"role": "system", "content": self._instruction}, {"role": "user", "content": prompt}]
                 try:
                     tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
                 except TemplateError:
-                    return [{"role": "user", "content": f"{self.instruction}\n\n{prompt}"}]
+                    return [{"role": "user", "content": f"{self._instruction}\n\n{prompt}"}]
                 return chat
             template = TEMPLATE
-        values = {"system": self.instruction, "prompt": prompt}
+        values = {"system": self._instruction, "prompt": prompt}
         return _PLACES.sub(lambda place: values[place[1]], template)
 
     def unload(self) -> None:
