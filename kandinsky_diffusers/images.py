@@ -211,11 +211,11 @@ def _hint_values(hint: Image, name: str) -> torch.Tensor:
     return values
 
 
-def scales_from(scales: float | Images, height: int, width: int, name: str) -> torch.Tensor:
-    """How strongly something acts, as float32 `[rows, 1, height, width]`; `[1, 1, 1, 1]` for a number.
+def scales_from(scales: float | Image | Sequence[float | Image], height: int, width: int, name: str) -> torch.Tensor:
+    """How strongly something acts, as float32 `[rows, 1, height, width]`; `[rows, 1, 1, 1]` for numbers alone.
 
     Args:
-        scales: a number, or one or several maps: grey pictures, `[h, w]`, `[1, h, w]` or batches of these. Floats are
+        scales: one or several numbers or maps: grey pictures, `[h, w]`, `[1, h, w]` or batches of these. Floats are
             taken as they are, bytes count to 1. Maps of another size are resized with the nearest pixel.
         height: in pixels.
         width: in pixels.
@@ -223,20 +223,27 @@ def scales_from(scales: float | Images, height: int, width: int, name: str) -> t
 
     Raises:
         TypeError: an item is none of these.
-        ValueError: a shape is another, or a value is not finite.
+        ValueError: a shape is another, a value is not finite, or the sequence is empty.
     """
-    if isinstance(scales, (int, float)):
-        values = torch.full((1, 1, 1, 1), float(scales))
-    else:
-        maps = (_scale_of(scale, name) for scale in _as_list(scales, name))
-        values = torch.cat([F.interpolate(scale, (height, width), mode="nearest-exact") for scale in maps])
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"`{name}` is or has a value that is not finite; accepted are numbers.")
-    return values
+    items: list[Any] = list(scales) if isinstance(scales, (list, tuple)) else [scales]
+    rows = [_scale_of(item, name) for item in items]
+    if any(row.shape[-2:] != (1, 1) for row in rows):
+        rows = [F.interpolate(row, (height, width), mode="nearest-exact") for row in rows]
+    if not rows or not all(bool(row.isfinite().all()) for row in rows):
+        raise ValueError(
+            f"`{name}` is empty, or has a value that is not finite; accepted are numbers and maps of them."
+        )
+    return torch.cat(rows)
 
 
-def _scale_of(scale: Image, name: str) -> torch.Tensor:
-    scale = np.array(scale.convert("L")) if isinstance(scale, PIL.Image.Image) else scale
+def _scale_of(scale: Any, name: str) -> torch.Tensor:
+    if isinstance(scale, (int, float)):
+        return torch.full((1, 1, 1, 1), float(scale))
+    if isinstance(scale, PIL.Image.Image):
+        scale = np.array(scale.convert("L"))
+    if not isinstance(scale, (np.ndarray, torch.Tensor)):
+        kind = type(scale).__name__
+        raise TypeError(f"`{name}` is or has a {kind}; accepted are numbers, PIL pictures, arrays and tensors.")
     values = _as_batch(scale, channels=1, name=name)
     return values / 255.0 if str(scale.dtype).endswith("uint8") else values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, TypedDict, Unpack
 
@@ -33,13 +33,13 @@ class ControlNetOptions(TypedDict, total=False):
 
     Args:
         controlnet_conditioning_scale: how strongly the control image acts, 0 not at all: a number, or a map of the
-            picture (see [`images.scales_from`]), one for all or one for each.
+            picture (see [`images.scales_from`]); one for all, or one for each.
         control_guidance_start: share of the steps after which the control begins.
         control_guidance_end: share of the steps after which it ends. Of n steps counted from 0, those from
             `int(n * start)` to `int(n * end)`, both included, are controlled.
     """
 
-    controlnet_conditioning_scale: Annotated[float | Images, 1.0]
+    controlnet_conditioning_scale: Annotated[float | Sequence[float] | Images, 1.0]
     control_guidance_start: Annotated[float, 0.0]
     control_guidance_end: Annotated[float, 1.0]
 

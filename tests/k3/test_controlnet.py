@@ -64,7 +64,7 @@ def draw(inputs: Any, edges: Any) -> Callable[..., Any]:
     return run
 
 
-POSITIONS = ("sample", "timestep", "context", "mask", "control_image")
+POSITIONS = ("sample", "timestep", "context", "mask", "control_image", "scale")
 
 
 def calls_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -175,6 +175,7 @@ def test_a_map_that_is_the_same_everywhere_is_a_number(build: Any, draw: Any) ->
         assert_close(draw(pipe, controlnet_conditioning_scale=scale), expected, 1e-6)
     white = PIL.Image.new("L", (30, 20), 255)
     assert_close(draw(pipe, controlnet_conditioning_scale=white), draw(pipe), 1e-6)
+    assert_close(draw(pipe, controlnet_conditioning_scale=[0.6]), expected, 1e-6)
 
 
 def test_a_map_acts_where_it_is_not_zero(build: Any, draw: Any, controlnet: Any, make: Any) -> None:
@@ -219,10 +220,17 @@ def test_a_picture_of_a_batch_is_the_picture_made_alone(
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_size_asked_for_comes_out(build: Any, inputs: Any, edges: Any, name: str) -> None:
-    arguments = inputs(name, height=70, width=100, output_type="pil", control_image=edges)
-    scale = torch.ones(70, 100)
+def test_the_size_asked_for_comes_out_and_control_and_map_lie_on_it(
+    build: Any, inputs: Any, edges: Any, controlnet: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    calls = calls_of(controlnet, monkeypatch)
+    scale, control = torch.rand(70, 100), torch.rand(3, 70, 100)
+    arguments = inputs(name, height=70, width=100, output_type="pil", control_image=control)
     assert build(name)(**arguments, controlnet_conditioning_scale=scale).images[0].size == (100, 70)
+    assert calls[0]["control_image"].shape == (1, 3, 128, 128)
+    assert torch.equal(calls[0]["control_image"][0, :, :70, :100], control)
+    assert torch.equal(calls[0]["scale"][0, 0, :70, :100], scale)
+    assert torch.equal(calls[0]["scale"][0, 0, 70:, :100], scale[-1:].expand(58, -1))
 
 
 @pytest.mark.parametrize("size", [(90, 71), (64, 130)])
@@ -270,6 +278,8 @@ def test_a_callback_can_change_the_control_image(build: Any, draw: Any, edges: A
         ({"control_image": torch.full((3, 64, 64), 2.0)}, "`control_image` has values"),
         ({"control_image": torch.zeros(3, 3, 64, 64), "prompt": ["a", "b"]}, "`control_image`"),
         ({"controlnet_conditioning_scale": "strong"}, "`controlnet_conditioning_scale`"),
+        ({"controlnet_conditioning_scale": []}, "`controlnet_conditioning_scale`"),
+        ({"controlnet_conditioning_scale": [0.5, 1.0]}, "`controlnet_conditioning_scale`"),
         ({"controlnet_conditioning_scale": float("nan")}, "`controlnet_conditioning_scale`"),
         ({"controlnet_conditioning_scale": torch.zeros(2, 3, 64, 64)}, "`controlnet_conditioning_scale`"),
         ({"controlnet_conditioning_scale": torch.ones(3, 64, 64)}, "`controlnet_conditioning_scale`"),
@@ -328,6 +338,13 @@ def test_auto_pipelines_find_it_and_lead_to_the_other_tasks_and_back(
     assert again.unet is pipe.unet
     again.set_progress_bar_config(disable=True)
     assert again(**inputs(name, control_image=edges)).images.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["3.0", "flash", "3.1 inpaint"])
+def test_inpainting_is_found_from_every_repo(repo: Any, controlnet: Any, kind: str) -> None:
+    pipe = AutoPipelineForInpainting.from_pretrained(repo(kind), controlnet=controlnet)
+    assert type(pipe) is Kandinsky3ControlNetInpaintPipeline
+    assert type(AutoPipelineForText2Image.from_pipe(pipe)) is Kandinsky3ControlNetPipeline
 
 
 def test_a_saved_pipeline_loads_again_with_its_controlnet(build: Any, draw: Any, tmp_path: Path) -> None:

@@ -85,16 +85,27 @@ def test_the_scale_acts_on_what_is_added_but_not_on_what_feeds_the_next_level() 
 
 
 def test_a_map_scales_each_place_with_the_nearest_value() -> None:
-    """(`nearest-exact` in the original's picture-to-picture pipeline.)"""
+    """That of the pixel under the place's middle (`nearest-exact` in the original's picture-to-picture pipeline)."""
     model, arguments = controlnet(), inputs()
-    scale = torch.zeros(1, 1, 64, 96)
-    scale[..., :48] = 0.7
+    scale = torch.rand(1, 1, 64, 96)
     for whole, mapped in zip(
         residuals(model, **arguments), residuals(model, **arguments, conditioning_scale=scale), strict=True
     ):
-        middle = whole.shape[-1] // 2
-        assert_close(mapped[..., :middle], whole[..., :middle] * 0.7, 1e-6)
-        assert not mapped[..., middle + whole.shape[-1] % 2 :].any()
+        height, width = whole.shape[-2:]
+        rows, columns = (torch.arange(height) * 2 + 1) * 32 // height, (torch.arange(width) * 2 + 1) * 48 // width
+        assert_close(mapped, whole * scale[..., rows, :][..., columns], 1e-6)
+
+
+def test_a_sample_that_attends_to_nothing_takes_the_mean_as_the_original_does() -> None:
+    """So it does not matter how well the tokens, all of them masked, would fit."""
+    model, arguments = controlnet(), {**inputs(), "encoder_attention_mask": torch.zeros(2, 5)}
+    before = residuals(model, **arguments)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "to_k" in name and weight.shape[1] == 12:  # the width of the context
+                weight.mul_(3.0)
+    for first, second in zip(before, residuals(model, **arguments), strict=True):
+        assert_close(second, first, 1e-6)
 
 
 def test_one_image_serves_all_samples_and_a_row_both_halves_of_guidance() -> None:
