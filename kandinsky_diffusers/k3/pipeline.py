@@ -300,18 +300,20 @@ class Kandinsky3Pipeline(
             `[2 * batch or batch, 4, height, width]`.
         """
         sample = self._unet_input(latents, timestep, conditions)
-        return self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states=conditions["context"],
-            encoder_attention_mask=conditions["context_mask"],
-            return_dict=False,
-            projected=self._has_null_embedding,
-            context_lengths=conditions.get("context_lengths"),
-            added_cond_kwargs=self._added_conditions(conditions, len(sample)),
-            regional_hidden_states=conditions.get("regional_context"),
-            regional_attention_mask=conditions.get("regional_context_mask"),
-        )[0]
+        arguments = self._unet_arguments(sample, timestep, conditions)
+        return self.unet(sample, timestep, return_dict=False, **arguments)[0]
+
+    def _unet_arguments(self, sample: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> dict[str, Any]:
+        """What the UNet is called with besides its input and the timestep."""
+        return {
+            "encoder_hidden_states": conditions["context"],
+            "encoder_attention_mask": conditions["context_mask"],
+            "projected": self._has_null_embedding,
+            "context_lengths": conditions.get("context_lengths"),
+            "regional_hidden_states": conditions.get("regional_context"),
+            "regional_attention_mask": conditions.get("regional_context_mask"),
+            "added_cond_kwargs": self._added_conditions(conditions, len(sample)),
+        }
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         if len(prediction) == len(latents):
