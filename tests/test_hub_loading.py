@@ -105,29 +105,3 @@ def test_component_of_this_package_loads_by_id_and_from_a_folder(
     assert by_id == by_folder
     assert by_id["class"] == "KandinskyAncestralScheduler"
     assert by_id["module"].startswith("kandinsky_diffusers.")
-
-
-LOAD_ADAPTER = """
-import json, sys, torch
-import kandinsky_diffusers
-from diffusers import AutoPipelineForText2Image
-
-pipe = AutoPipelineForText2Image.from_pretrained(sys.argv[1], text_encoder=None, tokenizer=None)
-
-def embed(place):
-    pipe.load_ip_adapter(place)
-    embeds, _ = pipe.encode_image(torch.linspace(0, 1, 3 * 40 * 30).reshape(3, 40, 30))
-    weights = pipe.unet.image_proj.state_dict()
-    pipe.unload_ip_adapter()
-    return [embeds.tolist(), {key: tensor.tolist() for key, tensor in weights.items()}]
-
-by_id, by_folder = map(embed, sys.argv[2:])
-print(json.dumps(by_id == by_folder))
-"""
-
-
-def test_an_ip_adapter_loads_by_id_as_from_a_folder(converted_31: Path, ip_adapter: Path, tmp_path: Path) -> None:
-    with FakeHub({"someone/ip-adapter": ip_adapter}) as hub:
-        base = str(converted_31 / "kandinsky-3-1")
-        assert in_new_process(LOAD_ADAPTER, hub.environment(tmp_path), base, "someone/ip-adapter", str(ip_adapter))
-        assert any("ip_adapter.safetensors" in request for request in hub.requests)

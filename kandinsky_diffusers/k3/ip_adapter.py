@@ -181,8 +181,15 @@ class Kandinsky3IPAdapterMixin(IPAdapterMixin):
     def to_json_string(self) -> str:
         """The configuration as JSON; of the components for pictures those that are there, for stock knows none."""
         config = json.loads(super().to_json_string())
-        kept = {name: value for name, value in config.items() if name not in _COMPONENTS or value != [None, None]}
+        absent = [name for name in config if name.lstrip("_") in _COMPONENTS and config[name] == [None, None]]
+        kept = {name: value for name, value in config.items() if name not in absent}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """As in diffusers; those for pictures only where they are there, so that pipelines of stock take all."""
+        found = super().components
+        return {name: part for name, part in found.items() if part is not None or name not in _COMPONENTS}
 
     @property
     def _brought(self) -> list[str]:

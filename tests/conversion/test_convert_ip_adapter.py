@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from kandinsky_diffusers.conversion import ConversionError, convert, inspect, plan, plan_source
+from kandinsky_diffusers.conversion.matching import match
+from kandinsky_diffusers.k3.ip_adapter_weights import ip_adapter_rules, ip_adapter_shapes
 from tests.conversion.test_full_size import INVENTORIES, shapes_of
 
 
@@ -27,6 +29,21 @@ def test_at_full_size_the_adapter_is_used_and_only_the_unet_is_left_out(name: st
     assert model.plan.inverse.target_shapes == {key: file.shapes[key] for key in of_adapter}
     assert model.plan.dropped.keys() == file.shapes.keys() - of_adapter
     assert (model.config["image_embed_dim"], model.config["num_image_text_embeds"]) == (768, 4)
+
+
+@pytest.mark.parametrize(("channels", "layers", "tokens"), [([6, 6, 10, 4], 2, 1), ([16, 16, 8, 24], 4, 7)])
+def test_adapters_of_any_size_are_understood(channels: list[int], layers: int, tokens: int) -> None:
+    config = {
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "cross_attention_dim": 9,
+        "image_embed_dim": 5,
+        "num_image_text_embeds": tokens,
+    }
+    original = match(ip_adapter_rules(config).inverse, ip_adapter_shapes(config)).target_shapes
+    (model,) = plan(original)
+    assert model.config == config
+    assert model.plan.target_shapes == ip_adapter_shapes(config)
 
 
 def test_a_key_of_neither_adapter_nor_unet_is_named() -> None:

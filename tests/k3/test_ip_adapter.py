@@ -140,6 +140,7 @@ def test_saving_leaves_the_adapter_out(pipe: Any, pictures: Any, tmp_path: Path)
     saved, unet = again.unet.state_dict(), pipe.unet
     pipe.unload_ip_adapter()
     assert saved.keys() == unet.state_dict().keys()
+    assert "image_encoder" not in AutoPipelineForInpainting.from_pipe(pipe).to_json_string()
 
 
 # ------------------------------------------------------------------------------------------------ what is shown

@@ -42,20 +42,17 @@ def offload_sequentially(pipe: Any, device: Any) -> None:
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
-@pytest.mark.parametrize("loaded_first", [True, False])
 @pytest.mark.parametrize("kind", ["model", "sequential"])
-def test_offloading_before_or_after_loading_draws_the_same(
-    own: Any, ip_adapter: Path, picture: Any, monkeypatch: pytest.MonkeyPatch, kind: str, loaded_first: bool
+def test_loading_into_an_offloaded_pipeline_draws_the_same(
+    own: Any, ip_adapter: Path, picture: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(type(own), "enable_sequential_cpu_offload", offload_sequentially)
     bare = draw(own)
     own.load_ip_adapter(ip_adapter)
     reference = draw(own, ip_adapter_image=picture)
-    if not loaded_first:
-        own.unload_ip_adapter()
+    own.unload_ip_adapter()
     getattr(own, f"enable_{kind}_cpu_offload")(device="cpu")
-    if not loaded_first:
-        own.load_ip_adapter(ip_adapter)
+    own.load_ip_adapter(ip_adapter)
     assert hasattr(own.image_encoder, "_hf_hook")
     for _ in range(2):
         assert_close(draw(own, ip_adapter_image=picture), reference, CLOSE)
@@ -105,15 +102,12 @@ def test_the_attention_backend_is_that_of_the_pictures_too(own: Any, ip_adapter:
     assert {processor._attention_backend for processor in own.unet.attn_processors.values()} == {"_native_math"}
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
-def test_half_precision_stays_near_single(
-    own: Any, ip_adapter: Path, picture: Any, dtype: torch.dtype, allowed: float
-) -> None:
+def test_half_precision_stays_near_single(own: Any, ip_adapter: Path, picture: Any) -> None:
     own.load_ip_adapter(ip_adapter)
     given = {"ip_adapter_image": picture, "latents": torch.randn(1, 4, 8, 8), "num_inference_steps": 1}
     single = draw(own, **given)
-    own.to(dtype)
+    own.to(torch.bfloat16)
     own.load_ip_adapter(ip_adapter)
     half = draw(own, **given)
-    assert own.unet.image_proj[0].norm.weight.dtype == dtype
-    assert (half.float() - single).abs().mean() <= allowed
+    assert own.unet.image_proj[0].norm.weight.dtype == own.image_encoder.dtype == torch.bfloat16
+    assert (half.float() - single).abs().mean() <= 0.05
