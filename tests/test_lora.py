@@ -271,6 +271,41 @@ def test_with_group_offload(build: Callable[[str], Subject], tmp_path: Path) -> 
     assert subject.off_by(before) <= SAME
 
 
+def test_a_pipeline_is_saved_with_adapters_in_its_weights_or_not_at_all(prior: Subject, tmp_path: Path) -> None:
+    made = prior.make_lora(tmp_path / "lora")
+    prior.pipe.load_lora_weights(tmp_path / "lora")
+    with pytest.raises(ValueError, match="with which a model cannot be saved"):
+        prior.pipe.save_pretrained(tmp_path / "saved")
+    prior.pipe.fuse_lora()
+    prior.pipe.unload_lora_weights()
+    prior.pipe.save_pretrained(tmp_path / "saved")
+    prior.pipe.prior = type(prior.pipe).from_pretrained(tmp_path / "saved").prior
+    assert prior.off_by(made) <= SAME
+
+
+def test_what_cannot_be_fused_safely_is_left_as_it_was(prior: Subject, tmp_path: Path) -> None:
+    made = prior.make_lora(tmp_path)
+    prior.pipe.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="NaN"):
+        prior.pipe.fuse_lora(lora_scale=float("nan"), safe_fusing=True)
+    assert prior.pipe.num_fused_loras == 0
+    assert prior.off_by(made) <= SAME
+
+
+def test_loading_draws_no_random_numbers_and_keeps_nothing_of_a_dict(prior: Subject, tmp_path: Path) -> None:
+    made = prior.make_lora(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    state = torch.get_rng_state()
+    prior.pipe.load_lora_weights(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    prior.pipe.unload_lora_weights()
+    prior.pipe.load_lora_weights(tensors)
+    prior.pipe.set_adapters("default_0", 3.0)  # a dict tells no alpha
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert prior.off_by(made) <= SAME
+
+
 def test_with_offload_to_disk_it_is_refused(prior: Subject, tmp_path: Path) -> None:
     prior.make_lora(tmp_path / "lora")
     prior.pipe.enable_group_offload(
