@@ -18,26 +18,12 @@ from kandinsky_diffusers.conversion import convert, inspect, plan, releases
 from kandinsky_diffusers.conversion.planning import expected_shapes
 from kandinsky_diffusers.conversion.recipe import Release
 from kandinsky_diffusers.k3.hed_weights import HED_FILE, HED_REPO
+from tests.support.hed import TINY, published_shapes, random_weights
 from tests.support.parity import MODULE, assert_close
 
 
 PUBLISHED = [(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)]
-TINY = [(4, 2), (6, 2), (8, 3), (10, 3), (10, 3)]
 RELEASE = Release("hed", "the edge detector alone", (HED_FILE,), (HED_REPO,))
-
-
-def published_shapes(levels: list[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-    """The layout of `ControlNetHED.pth`, with so many channels and convolutions at each level."""
-    shapes: dict[str, tuple[int, ...]] = {"norm": (1, 3, 1, 1)}
-    before = 3
-    for level, (width, layers) in enumerate(levels, start=1):
-        for layer in range(layers):
-            shapes[f"block{level}.convs.{layer}.weight"] = (width, before, 3, 3)
-            shapes[f"block{level}.convs.{layer}.bias"] = (width,)
-            before = width
-        shapes[f"block{level}.projection.weight"] = (1, width, 1, 1)
-        shapes[f"block{level}.projection.bias"] = (1,)
-    return shapes
 
 
 def edges_of(weights: dict[str, torch.Tensor], picture: np.ndarray) -> np.ndarray:
@@ -60,15 +46,7 @@ def edges_of(weights: dict[str, torch.Tensor], picture: np.ndarray) -> np.ndarra
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    random = {}
-    for key, shape in published_shapes(TINY).items():
-        fan_in = int(np.prod(shape[1:])) if len(shape) == 4 else 1
-        random[key] = torch.randn(shape, generator=generator) * (1.6 / fan_in) ** 0.5
-        if key.endswith("projection.weight"):
-            random[key] /= 8.0  # so that edges are neither all 0 nor all 1
-    random["norm"] = torch.tensor([120.0, 115.0, 100.0]).reshape(1, 3, 1, 1)
-    return random
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
