@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def unload(combined: Any) -> Any:
 def random_lora(model: torch.nn.Module, layers: tuple[str, ...], rank: int = 2) -> dict[str, torch.Tensor]:
     """A LoRA of the first attentions of a model, under peft's names."""
     tensors = {}
-    found = [(name, module) for name, module in model.named_modules() if name.endswith(layers)]
+    found: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if name.endswith(layers)]
     for name, module in found[: 2 * len(layers)]:
         tensors[f"{name}.lora_A.weight"] = torch.randn(rank, module.in_features)
         tensors[f"{name}.lora_B.weight"] = torch.randn(module.out_features, rank)
@@ -85,7 +86,7 @@ def prefixed(tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
 def write_peft(tensors: Tensors, folder: Path, pickled: bool = False) -> Path:
     """As `PeftModel.save_pretrained` does, with an alpha of three times the rank."""
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"])
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     named = prefixed(tensors, "base_model.model.")
     if pickled:
         torch.save(named, folder / "adapter_model.bin")
@@ -185,14 +186,15 @@ def test_of_both_parts_a_decoder_takes_its_own_and_says_so(
 
 def test_stock_diffusers_loads_what_is_saved(pipes: Any, combined: Any, tmp_path: Path) -> None:
     """The scale of 3 included, which is in the file's header."""
+    fresh: Any = UNet2DConditionModel.from_config(combined.unet.config)
     model = get_peft_model(
-        UNet2DConditionModel.from_config(combined.unet.config),
+        fresh,
         LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False),
     )
-    model.save_pretrained(tmp_path / "peft")
+    model.save_pretrained(str(tmp_path / "peft"))
     pipes["unet"].load_lora_weights(tmp_path / "peft")
     pipes["unet"].save_lora_weights(tmp_path / "saved")
-    stock = UNet2DConditionModel.from_config(combined.unet.config)
+    stock: Any = UNet2DConditionModel.from_config(combined.unet.config)
     stock.load_lora_adapter(tmp_path / "saved", prefix="unet", weight_name=WEIGHTS, adapter_name="x")
     ours = get_peft_model_state_dict(combined.unet, adapter_name="default_0")
     theirs = get_peft_model_state_dict(stock, adapter_name="x")
@@ -247,6 +249,12 @@ def test_code_in_a_pickled_file_is_not_run(pipes: Any, tmp_path: Path) -> None:
     torch.save({"to_q.lora_A.weight": Code()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ConversionError, match="not data"):
         pipes["unet"].load_lora_weights(tmp_path)
+
+
+def test_without_peft_it_is_said_what_to_install(pipes: Any, loras: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"kandinsky-diffusers\[lora\]"):
+        pipes["unet"].load_lora_weights(loras["unet"])
 
 
 def refused(pipe: Any, tensors: Any, message: str, **options: Any) -> None:
