@@ -149,7 +149,7 @@ def test_flash_takes_timesteps_of_the_user() -> None:
 @pytest.mark.parametrize("cls", SAMPLERS)
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("beta_schedule", "linear"), ("prediction_type", "v_prediction"), ("clip_sample", True)],
+    [("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction"), ("clip_sample", True)],
 )
 def test_a_setting_that_the_samplers_do_not_have_is_refused(cls: Any, setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{setting}`"):

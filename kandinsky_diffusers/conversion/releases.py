@@ -21,6 +21,7 @@ CONVERTIBLE = {
     "2.2": "kandinsky_diffusers.k22.variants:RELEASE",
     "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
+    "superres": "kandinsky_diffusers.superres.variants:RELEASE",  # after 3.1, of which its refiner is
 }
 
 PUBLISHED_FILES = {
