@@ -32,6 +32,7 @@ NEW = {
     "KandinskyV22ControlnetCombinedPipeline",
     "KandinskyV22ControlnetImg2ImgCombinedPipeline",
     "Kandinsky3InpaintPipeline",
+    "KandiSuperResPipeline",
 }
 PIPELINES = [cls for family in registry.FAMILIES.values() for entry in family.values() for cls in entry if cls]
 

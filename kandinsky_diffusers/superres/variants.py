@@ -23,10 +23,11 @@ PUBLISHED = {
     "x2": "KandiSuperRes_x2.ckpt",
     "flash x2": "KandiSuperRes_flash_x2.pt",
 }
-NESTED: dict[str, str | None] = {"unet/": ""}  # or not: both forms are around
+# A checkpoint holds the tensors as they are, or under `unet`, or is one of the training with a moving average.
+FORMS: dict[str, str | None] = {"unet/": "", "callbacks/EMA/ema_state_dict/unet.": ""}
 
 FILES = (
-    *(SourceFile(name, (path,), weights.is_unet, renamed=NESTED) for name, path in PUBLISHED.items()),
+    *(SourceFile(name, (path,), weights.is_unet, renamed=FORMS) for name, path in PUBLISHED.items()),
     SourceFile("context", ("weights/context.pt", "context.pt"), weights.is_context, names=("context",)),
     SourceFile(
         "context mask",
@@ -40,7 +41,7 @@ FILES = (
         ("weights/kandinsky3_flash.pt", "kandinsky3_flash.pt"),
         partial(k3_weights.is_unet, in_channels=4),
         root="refiner",
-        renamed=NESTED,
+        renamed={"unet/": ""},
     ),
     SourceFile(
         "refiner projection",

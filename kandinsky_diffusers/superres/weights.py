@@ -10,7 +10,7 @@ from typing import Any
 from ..conversion.errors import ConversionError
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config, Inputs
-from ..conversion.rules import RuleTable, rename
+from ..conversion.rules import LIGHTNING_DROPS, Drop, RuleTable, rename
 from ..conversion.shapes import count_modules, shape_of
 
 
@@ -72,7 +72,7 @@ IN_BLOCK = {
 
 
 def unet_rules(config: Config) -> RuleTable:
-    """Rules of the UNet."""
+    """Rules of the UNet; a checkpoint of the training holds it twice, and what Lightning needs."""
     blocks = [
         (f"{source}.{{level}}.resnet_attn_blocks.{{layer}}.0", f"{target}.{{level}}.resnets.{{layer}}")
         for source, target in (("down_samples", "down_blocks"), ("up_samples", "up_blocks"))
@@ -89,7 +89,8 @@ def unet_rules(config: Config) -> RuleTable:
                 for source, target in blocks
                 for old, new in IN_BLOCK.items()
             ),
-        )
+        ),
+        drops=(*LIGHTNING_DROPS, Drop("state_dict/{rest}", "the weights without the moving average")),
     )
 
 
