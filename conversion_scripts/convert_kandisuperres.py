@@ -1,6 +1,6 @@
 """Convert the original KandiSuperRes; the same as ``kandinsky-diffusers convert --version superres``.
 
-python conversion_scripts/convert_kandisuperres.py RELEASE_FOLDER OUTPUT_FOLDER [--refiner KANDINSKY_3_1] [--plan] [--help]
+python conversion_scripts/convert_kandisuperres.py RELEASE_FOLDER OUTPUT_FOLDER [--refiner RELEASE_3_1] [--help]
 """
 
 from __future__ import annotations

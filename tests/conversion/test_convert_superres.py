@@ -137,7 +137,7 @@ def test_flash_is_written_without_a_refiner_and_it_is_said_so(
 
 
 def test_a_refiner_that_cannot_be_had_is_named(flash_alone: Path, config: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="refiner is 'ai-forever/Kandinsky3.1'"):
+    with pytest.raises(ConversionError, match=r"refiner is 'ai-forever/Kandinsky3\.1'"):
         convert(flash_alone, tmp_path / "out", original_config=config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConversionError, match=r"weights/kandinsky3_flash\.pt is missing in .*empty"):
