@@ -5,7 +5,7 @@ Importing registers; `unregister()` gives diffusers back as it was.
 
 from __future__ import annotations
 
-from . import k3, k20, k21, k22
+from . import k3, k20, k21, k22, superres
 from .beautify import PromptBeautifier
 from .k3 import *  # noqa: F403
 from .k20 import *  # noqa: F403
@@ -23,6 +23,7 @@ from .schedulers import (
     KandinskyPNDMScheduler,
     KandinskyUnCLIPScheduler,
 )
+from .superres import *  # noqa: F403
 
 
 __version__ = "0.1.0"
@@ -47,5 +48,6 @@ __all__ += k3.__all__
 __all__ += k20.__all__
 __all__ += k21.__all__
 __all__ += k22.__all__
+__all__ += superres.__all__
 
 register()

@@ -12,7 +12,7 @@ from typing import Any
 
 from .conversion.matching import Shapes
 from .conversion.recipe import Config, Inputs
-from .conversion.rules import Constant, Drop, RuleTable, rename
+from .conversion.rules import LIGHTNING_DROPS, Constant, Drop, RuleTable, rename
 from .conversion.shapes import count_modules, shape_of
 from .conversion.transforms import Squeeze
 
@@ -85,20 +85,8 @@ def movq_rules_without_codebook(config: Config) -> RuleTable:
 
 def vae_rules(config: Config) -> RuleTable:
     """Rules of the VAE, whose file also has what Lightning and the training need."""
-    bookkeeping = (
-        "callbacks",
-        "callbacks/{rest}",
-        "epoch",
-        "global_step",
-        "hyper_parameters",
-        "hyper_parameters/{rest}",
-        "lr_schedulers",
-        "optimizer_states",
-        "pytorch-lightning_version",
-    )
-    drops = [Drop(name, "of Lightning, for going on with the training") for name in bookkeeping]
-    drops += [Drop("loss.{rest}", "of the loss, for training"), Drop("model_ema.{rest}", "averages of the training")]
-    return _rules(config, PLAIN) + RuleTable(drops=tuple(drops))
+    drops = (Drop("loss.{rest}", "of the loss, for training"), Drop("model_ema.{rest}", "averages of the training"))
+    return _rules(config, PLAIN) + RuleTable(drops=(*LIGHTNING_DROPS, *drops))
 
 
 # the parts of a norm in the decoder: of an attention layer, target by source

@@ -36,7 +36,12 @@ def convert(
         typer.Argument(help="Folder with the original files or repositories, or a Hub id. With --plan also a file."),
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder that gets one folder per repository.")] = None,
-    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.0, 2.1, 2.2, 3.0, 3.1, 3-lora.")] = "auto",
+    version: Annotated[
+        str,
+        typer.Option(
+            help="Which release it is: auto, 2.0, 2.1, 2.2, 3.0, 3.1, superres, 3-controlnet, 3-ip-adapter, 3-lora."
+        ),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, float16 or bfloat16.")] = "auto",
     variant: Annotated[str | None, typer.Option(help="fp16 or bf16: cast, and name the files so.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -47,6 +52,9 @@ def convert(
     text_encoder: Annotated[
         str, typer.Option(help="3.0: folder or Hub id of the T5 whose encoder it uses.")
     ] = "google/flan-ul2",
+    refiner: Annotated[
+        str, typer.Option(help="superres: folder or Hub id of Kandinsky 3.1, for Flash; none leaves the refiner out.")
+    ] = "ai-forever/Kandinsky3.1",
     drop: Annotated[list[str] | None, typer.Option(help="Glob of keys to leave out; may be repeated.")] = None,
     layout: Annotated[
         str, typer.Option(help="split (prior and decoders apart) or combined (the prior inside each decoder's).")
@@ -69,6 +77,7 @@ def convert(
                 original_config=original_config,
                 clip=clip,
                 text_encoder=text_encoder,
+                refiner=None if refiner == "none" else refiner,
                 drop=drop or (),
                 layout=layout,
             )
@@ -87,6 +96,7 @@ def convert(
                 original_config=original_config,
                 clip=clip,
                 text_encoder=text_encoder,
+                refiner=None if refiner == "none" else refiner,
                 drop=drop or (),
                 layout=layout,
                 link_shared=link_shared,

@@ -61,7 +61,7 @@ def pixels_from(
         TypeError: an item is none of these.
         ValueError: an array or tensor has another shape or other values, or the sequence is empty.
     """
-    items = _as_list(images, name)
+    items = as_list(images, name)
     return torch.cat([_pixels_of(image, height, width, name, by_unit_range, reducing_gap) for image in items])
 
 
@@ -85,9 +85,14 @@ def _pixels_of(
         pixels = _from_bytes(pixels, by_unit_range)
     elif lowest >= 0.0:
         pixels = pixels * 2.0 - 1.0
-    if pixels.shape[-2:] != (height, width):
-        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1.0, 1.0)
-    return pixels
+    return resize_pixels(pixels, height, width)
+
+
+def resize_pixels(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pixels `[batch, 3, h, w]` in [-1, 1] resized bicubically with antialiasing; of the right size, themselves."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    return F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(-1.0, 1.0)
 
 
 def masks_from(masks: Images, size: tuple[int, int] | None = None, name: str = "mask_image") -> list[torch.Tensor]:
@@ -101,7 +106,7 @@ def masks_from(masks: Images, size: tuple[int, int] | None = None, name: str = "
         TypeError: an item is no picture, array or tensor.
         ValueError: shapes or values (outside [0, 1], or 0..255) are others.
     """
-    return [(_share_of(mask, size, name) >= 0.5).float() for mask in _as_list(masks, name)]
+    return [(_share_of(mask, size, name) >= 0.5).float() for mask in as_list(masks, name)]
 
 
 def shares_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
@@ -110,7 +115,7 @@ def shares_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
     Raises:
         TypeError, ValueError: see [`masks_from`].
     """
-    return [_share_of(mask, None, name) for mask in _as_list(masks, name)]
+    return [_share_of(mask, None, name) for mask in as_list(masks, name)]
 
 
 def _share_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tensor:
@@ -136,13 +141,29 @@ def made_rgb(images: Any) -> Any:
     return images.convert("RGB") if isinstance(images, PIL.Image.Image) else images
 
 
+def as_list(images: Images, name: str = "image") -> list[Image]:
+    """Pictures, arrays and tensors as a list of them; batches stay together.
+
+    Raises:
+        TypeError: an item is none of these.
+        ValueError: the sequence is empty.
+    """
+    items: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not items:
+        raise ValueError(f"`{name}` is an empty list; at least one picture is needed.")
+    for item in items:
+        if not isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor)):
+            raise TypeError(f"`{name}` is a {type(item).__name__}; accepted are PIL pictures, arrays and tensors.")
+    return items
+
+
 def size_of(images: Any, name: str = "image") -> tuple[int, int]:
     """Height and width of a picture, or of the first of several.
 
     Raises:
         TypeError, ValueError: see [`pixels_from`].
     """
-    image = _as_list(images, name)[0]
+    image = as_list(images, name)[0]
     if isinstance(image, PIL.Image.Image):
         return image.height, image.width
     height, width = _as_batch(image, channels=3, name=name).shape[-2:]
@@ -176,7 +197,7 @@ def hints_from(hints: Images, height: int, width: int, name: str = "hint") -> to
     Raises:
         TypeError, ValueError: see [`pixels_from`].
     """
-    return torch.cat([_hint_of(hint, height, width, name) for hint in _as_list(hints, name)])
+    return torch.cat([_hint_of(hint, height, width, name) for hint in as_list(hints, name)])
 
 
 def hint_size(hints: Images, name: str = "hint") -> tuple[int, int]:
@@ -185,7 +206,7 @@ def hint_size(hints: Images, name: str = "hint") -> tuple[int, int]:
     Raises:
         TypeError, ValueError: see [`pixels_from`].
     """
-    height, width = _hint_values(_as_list(hints, name)[0], name).shape[-2:]
+    height, width = _hint_values(as_list(hints, name)[0], name).shape[-2:]
     return height, width
 
 
@@ -274,16 +295,6 @@ def pixels_to(pixels: torch.Tensor, output_type: str) -> Any:
 
 def _is_floating(image: np.ndarray | torch.Tensor) -> bool:
     return image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
-
-
-def _as_list(images: Images, name: str) -> list[Image]:
-    items: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not items:
-        raise ValueError(f"`{name}` is an empty list; at least one picture is needed.")
-    for item in items:
-        if not isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor)):
-            raise TypeError(f"`{name}` is a {type(item).__name__}; accepted are PIL pictures, arrays and tensors.")
-    return items
 
 
 def _as_batch(image: np.ndarray | torch.Tensor, channels: int, name: str) -> torch.Tensor:

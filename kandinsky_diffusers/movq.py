@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .components import SavedAsStock
+from .tiling import apply_in_tiles
 
 
 QUANTIZED_AT_ONCE = 4096  # latent pixels whose distances to all codes are held in memory: those of a 512 x 512 picture
@@ -112,12 +113,7 @@ class MoVQ(SavedAsStock, VQModel):
         if not self.use_tiling or max(height, width) <= side:
             return self._encode_whole(pixels)
         # a rest at the border that is narrower than a latent pixel has no latent, tiled or whole
-        tops, lefts = (range(0, max(size - self._scale + 1, 1), side) for size in (height, width))
-        rows = []
-        for top in tops:
-            tiles = (pixels[..., top : top + side, left : left + side] for left in lefts)
-            rows.append(torch.cat([self._encode_whole(tile) for tile in tiles], dim=-1))
-        return torch.cat(rows, dim=-2)
+        return apply_in_tiles(self._encode_whole, pixels, side, side, 1 / self._scale, smallest=self._scale)
 
     def _decode_tiled(self, latents: torch.Tensor) -> torch.Tensor:
         side = self.tile_sample_min_size // self._scale
@@ -125,20 +121,7 @@ class MoVQ(SavedAsStock, VQModel):
         if not self.use_tiling or max(height, width) <= side:
             return self._decode_whole(latents)
         stride = int(side * (1 - self.tile_overlap))
-        kept, fading = stride * self._scale, (side - stride) * self._scale
-        rows, above = [], []
-        for top in range(0, height, stride):
-            row: list[torch.Tensor] = []
-            for left in range(0, width, stride):
-                tile = self._decode_whole(latents[..., top : top + side, left : left + side])
-                if above:
-                    tile = _fade(above[len(row)], tile, fading, dim=-2)
-                if row:
-                    tile = _fade(row[-1], tile, fading, dim=-1)
-                row.append(tile)
-            rows.append(torch.cat([tile[..., :kept, :kept] for tile in row], dim=-1))
-            above = row
-        return torch.cat(rows, dim=-2)
+        return apply_in_tiles(self._decode_whole, latents, side, stride, self._scale)
 
     def _nearest_codes(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What [`VectorQuantizer`] computes, in bounded memory.
@@ -159,13 +142,3 @@ class MoVQ(SavedAsStock, VQModel):
 def pixels_per_latent(movq: VQModel | AutoencoderKL | None) -> int:
     """Side of a latent pixel in pixels; 8, as published, for a pipeline that was built without a MoVQ."""
     return 8 if movq is None else 2 ** (len(movq.config.block_out_channels) - 1)
-
-
-def _fade(before: torch.Tensor, tile: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
-    """`tile`, its beginning along `dim` faded in over the end of the tile before it."""
-    extent = min(extent, before.shape[dim], tile.shape[dim])
-    weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
-    weight = weight.view(-1, *[1] * (-1 - dim))
-    end = before.narrow(dim, before.shape[dim] - extent, extent)
-    beginning, rest = tile.split([extent, tile.shape[dim] - extent], dim)
-    return torch.cat([end * (1 - weight) + beginning * weight, rest], dim)

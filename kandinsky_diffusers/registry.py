@@ -13,7 +13,7 @@ import diffusers
 from diffusers.models.unets import unet_2d_condition
 from packaging.specifiers import SpecifierSet
 
-from . import attention, k3, k20, k21, k22, movq, prior, schedulers
+from . import attention, k3, k20, k21, k22, movq, prior, schedulers, superres
 
 
 SUPPORTED_DIFFUSERS = SpecifierSet(">=0.42,<0.43")
@@ -52,6 +52,9 @@ FAMILIES: dict[str, dict[str, tuple[type, type | None]]] = {
         "image2image": (k3.Kandinsky3ControlNetImg2ImgPipeline, None),
         "inpainting": (k3.Kandinsky3ControlNetInpaintPipeline, None),
     },
+    "kandisuperres": {
+        "image2image": (superres.KandiSuperResPipeline, None),
+    },
 }
 
 # Pipelines that no AutoPipeline finds.
@@ -75,6 +78,8 @@ COMPONENTS: tuple[type, ...] = (
     schedulers.KandinskyDDIMScheduler,
     schedulers.KandinskyPNDMScheduler,
     schedulers.KandinskyUnCLIPScheduler,
+    superres.KandiSuperResContext,
+    superres.KandiSuperResUNet,
 )
 
 _ABSENT = object()

@@ -95,18 +95,18 @@ def draw_noise(
         shape: `[batch, ...]`.
         generator: one generator for the whole batch, or a list of n for a batch of k * n rows. Generator i then draws
             rows i, n + i, 2n + i ... in one go, so that a sample gets the same numbers in any batch it is part of.
-        device: where the tensor lives; a CPU generator draws on the CPU first.
+        device: where the tensor lives. A generator of another device draws there, and the tensor is moved.
         dtype: of the tensor.
 
     Raises:
         ValueError: the batch is no multiple of the number of generators.
     """
     if not isinstance(generator, list):
-        return randn_tensor(tuple(shape), generator=generator, device=_device(device), dtype=dtype)
+        return _drawn(shape, generator, device, dtype)
     rows, remainder = divmod(shape[0], len(generator))
     if remainder:
         raise ValueError(f"`generator` is a list of {len(generator)}, which does not divide the batch of {shape[0]}.")
-    each = [randn_tensor((rows, *shape[1:]), generator=g, device=_device(device), dtype=dtype) for g in generator]
+    each = [_drawn((rows, *shape[1:]), g, device, dtype) for g in generator]
     return torch.stack(each, dim=1).reshape(tuple(shape))
 
 
@@ -138,5 +138,12 @@ def step_end_callback(
     return on_step_end
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
-    return None if device is None else torch.device(device)
+def _drawn(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    place = None if device is None else torch.device(device)
+    source = place if generator is None else generator.device
+    return randn_tensor(tuple(shape), generator=generator, device=source, dtype=dtype).to(place)

@@ -213,3 +213,32 @@ def converted_lora(release_lora: Path, tmp_path_factory: pytest.TempPathFactory)
     output = tmp_path_factory.mktemp("repos")
     convert(release_lora, output, version="3-lora", verify=True)
     return output
+
+
+@pytest.fixture(scope="session")
+def goldens_superres() -> GoldenFamily:
+    """The family `kandisuperres` of the golden set in use."""
+    return golden_family("kandisuperres")
+
+
+@pytest.fixture(scope="session")
+def release_superres(goldens_superres: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny KandiSuperRes release. Read only."""
+    return build_release(goldens_superres.path, tmp_path_factory.mktemp("release") / "kandisuperres")
+
+
+@pytest.fixture(scope="session")
+def converted_superres(
+    goldens_superres: GoldenFamily,
+    goldens_31: GoldenFamily,
+    release_superres: Path,
+    release_31: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder with the converted repositories of `release_superres`, refined by `release_31`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    config = {**goldens_31.hyperparameters, **goldens_superres.hyperparameters}
+    convert(release_superres, output, version="superres", refiner=release_31, original_config=config)
+    return output

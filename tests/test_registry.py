@@ -36,6 +36,7 @@ NEW = {
     "Kandinsky3ControlNetInpaintPipeline",
     "Kandinsky3ControlNetPipeline",
     "Kandinsky3InpaintPipeline",
+    "KandiSuperResPipeline",
 }
 PIPELINES = [cls for family in registry.FAMILIES.values() for entry in family.values() for cls in entry if cls]
 

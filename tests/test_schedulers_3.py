@@ -145,11 +145,25 @@ def test_flash_takes_timesteps_of_the_user() -> None:
     assert scheduler.timesteps.tolist() == [900, 100]
 
 
+def test_flash_of_a_network_that_predicts_what_is_clean_renoises_it_on_linear_betas() -> None:
+    """KandiSuperRes Flash: the prediction is what comes out, and in between formula (4) of DDPM makes it noisy."""
+    scheduler = Kandinsky3FlashScheduler(beta_schedule="linear", prediction_type="sample")
+    alphas = DDPMScheduler(beta_schedule="linear").alphas_cumprod
+    clean, fresh, sample = noise(), noise() * 2, noise() * 3
+    for timestep, following in zip(FLASH, [*FLASH[1:], None], strict=True):
+        expected = clean
+        if following is not None:
+            expected = alphas[following] ** 0.5 * clean + (1 - alphas[following]) ** 0.5 * fresh
+        result: Any = scheduler.step(clean, timestep, sample, variance_noise=fresh)
+        assert_close(result.prev_sample, expected, 1e-5)
+        assert torch.equal(result.pred_original_sample, clean)
+
+
 # ------------------------------------------------------------------------------------------------ settings
 @pytest.mark.parametrize("cls", SAMPLERS)
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("beta_schedule", "linear"), ("prediction_type", "v_prediction"), ("clip_sample", True)],
+    [("beta_schedule", "scaled_linear"), ("prediction_type", "v_prediction"), ("clip_sample", True)],
 )
 def test_a_setting_that_the_samplers_do_not_have_is_refused(cls: Any, setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{setting}`"):

@@ -15,13 +15,25 @@ from .reader import check_zip, file_sha256
 from .recipe import FilesComponent, Inputs, ModelComponent, Release, Repo
 from .record import Record, SourceRecord, write_card
 from .repository import Output, Progress, RepoWriter
-from .sources import choose_release, choose_repos, find_companion, find_folder, open_files, read_config
+from .sources import (
+    choose_release,
+    choose_repos,
+    find_companion,
+    find_folder,
+    leave_out_absent,
+    open_files,
+    read_config,
+)
 from .staging import Staging, check_free, check_space
 from .writer import parse_size
 
 
 # a model that a release needs and does not contain: where it is published
-COMPANIONS = {"clip": "openai/clip-vit-large-patch14", "text_encoder": "google/flan-ul2"}
+COMPANIONS = {
+    "clip": "openai/clip-vit-large-patch14",
+    "text_encoder": "google/flan-ul2",
+    "refiner": "ai-forever/Kandinsky3.1",
+}
 _MARGIN = 50 * 10**6  # bytes for configurations, tokenizers and cards
 
 
@@ -31,7 +43,7 @@ class Report:
 
     Args:
         repos: the folders written.
-        skipped: name of each repository that was left out, and why.
+        skipped: name of each repository that was left out, or of parts of one, and why.
         dropped: source file, key and reason of all tensors that were left out.
         verified: per repository what ``verify`` found; empty without it.
     """
@@ -53,6 +65,7 @@ def convert(
     original_config: str | Path | Mapping[str, Any] | None = None,
     clip: str | Path = COMPANIONS["clip"],
     text_encoder: str | Path = COMPANIONS["text_encoder"],
+    refiner: str | Path | None = COMPANIONS["refiner"],
     drop: Sequence[str] = (),
     layout: str = "split",
     link_shared: bool = False,
@@ -74,6 +87,8 @@ def convert(
         original_config: the original's configuration, as JSON file or read, for what shapes cannot tell.
         clip: folder or Hub id of the ``CLIPModel`` that 2.1 needs.
         text_encoder: folder or Hub id of the T5 whose encoder 3.0 needs.
+        refiner: folder or Hub id of the Kandinsky 3.1 release whose Flash model refines the pictures of KandiSuperRes
+            Flash; None leaves it out.
         drop: glob patterns of keys to leave out.
         layout: ``split`` writes one repository for the prior and one for each decoder; ``combined`` puts the prior
             into each decoder's, which then needs no other.
@@ -91,9 +106,11 @@ def convert(
     folder = find_folder(source, "source")
     release = choose_release(folder, version, layout)
     folders = dict(release.roots(folder))
+    companions = {"clip": clip, "text_encoder": text_encoder} | ({} if refiner is None else {"refiner": refiner})
     repos, skipped = choose_repos(release, folders)
+    repos, parts_skipped = leave_out_absent(repos, release, folders, companions)
     check_free(output, [repo.name for repo in repos], overwrite, folders.values())
-    inputs = _open(release, repos, folders, {"clip": clip, "text_encoder": text_encoder}, config)
+    inputs = _open(release, repos, folders, companions, config)
     plans = {plan.component: plan for plan in plan_models(_models(repos), inputs, drop)}
     try:
         with Staging(output) as staging, _Hashes(inputs) as hashes:
@@ -105,7 +122,7 @@ def convert(
             for repo, place in written.items():
                 write_card(place, repo, record, checks.get(repo.name))
             staging.commit()
-            return Report([output / repo.name for repo in repos], skipped, record.dropped, checks)
+            return Report([output / repo.name for repo in repos], skipped | parts_skipped, record.dropped, checks)
     except OSError as error:
         raise ConversionError(_disk_message(error)) from error
 

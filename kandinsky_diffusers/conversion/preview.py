@@ -53,17 +53,18 @@ def plan_source(
     original_config: str | Path | Mapping[str, Any] | None = None,
     clip: str | Path | None = None,
     text_encoder: str | Path | None = None,
+    refiner: str | Path | None = None,
     drop: Sequence[str] = (),
     layout: str = "split",
 ) -> tuple[Found, list[ModelPlan]]:
     """Plan what lies at ``source``: a release, a folder of inventories, or a single file of either kind.
 
-    Nothing is read but keys and shapes.  CLIP and the text encoder of 3.0 are planned if they are local folders.
+    Nothing is read but keys and shapes.  Companions, such as CLIP, are planned if they are local folders.
 
     Raises:
         ConversionError: nothing is recognised, or something does not add up.
     """
-    companions = {"clip": clip, "text_encoder": text_encoder}
+    companions = {"clip": clip, "text_encoder": text_encoder, "refiner": refiner}
     found = find_for_planning(Path(source), version, companions, read_config(original_config), layout)
     return found, plan_all(found.release, found.inputs, drop)
 

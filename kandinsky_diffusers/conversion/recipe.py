@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,6 +249,8 @@ class Repo:
         extras: folders that it does not list.
         joined: the repository without which this one is of no use, if there is such a one.
         load: loads the written repository for ``smoke``, from its folder and the variant of its weights.
+        settings: of the pipeline, beside its components in ``model_index.json``.
+        optional: those of ``components`` that are left out together where a source file of one of them is missing.
     """
 
     name: str
@@ -259,11 +261,27 @@ class Repo:
     extras: tuple[Component, ...] = ()
     joined: Joined | None = None
     load: Callable[[Path, str | None], Any] = load_pipeline
+    settings: Config = field(default_factory=dict)
+    optional: tuple[Component, ...] = ()
 
     @property
     def models(self) -> list[ModelComponent]:
         """Its components that are made from weight files."""
-        return [component for component in self.components if isinstance(component, ModelComponent)]
+        return _models(self.components)
+
+    @property
+    def optional_models(self) -> list[ModelComponent]:
+        """Those of them that are optional."""
+        return _models(self.optional)
+
+    @property
+    def without_optional(self) -> Repo:
+        """It without its optional components."""
+        return replace(self, components=tuple(c for c in self.components if c not in self.optional), optional=())
+
+
+def _models(components: Iterable[Component]) -> list[ModelComponent]:
+    return [component for component in components if isinstance(component, ModelComponent)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ CONVERTIBLE = {
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
     "3-controlnet": "kandinsky_diffusers.k3.variants:RELEASE_CONTROLNET",
     "3-lora": "kandinsky_diffusers.k3.lora:RELEASE_LORA",
+    "superres": "kandinsky_diffusers.superres.variants:RELEASE",  # after 3.1, of which its refiner is
 }
 
 PUBLISHED_FILES = {

@@ -227,7 +227,7 @@ def model_index(repo: Repo, inputs: Inputs) -> dict[str, Any]:
     import diffusers
 
     components = {c.name: c.entry(inputs) for c in sorted(repo.components, key=lambda c: c.name)}
-    return {"_class_name": repo.pipeline, "_diffusers_version": diffusers.__version__, **components}
+    return {"_class_name": repo.pipeline, "_diffusers_version": diffusers.__version__, **components, **repo.settings}
 
 
 def folder_size(folder: Path) -> int:

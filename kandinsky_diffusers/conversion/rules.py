@@ -60,6 +60,22 @@ class Drop:
     reason: str
 
 
+LIGHTNING_DROPS = tuple(
+    Drop(name, "of Lightning, for going on with the training")
+    for name in (
+        "callbacks",
+        "callbacks/{rest}",
+        "epoch",
+        "global_step",
+        "hyper_parameters",
+        "hyper_parameters/{rest}",
+        "lr_schedulers",
+        "optimizer_states",
+        "pytorch-lightning_version",
+    )
+)
+
+
 @dataclass(frozen=True)
 class Constant:
     """A tensor of the model that the original keeps in code: ``value`` everywhere, in the model's shape, float32."""

@@ -67,5 +67,13 @@ def hint() -> dict[str, Any]:
     return {"hint": torch.full((1, 3, _SIZE, _SIZE), 0.5)}
 
 
+def enlarge(pipe: Any) -> list[Any]:
+    """The picture that a pipeline makes of a smaller one."""
+    from PIL import Image
+
+    image = Image.new("RGB", (_SIZE // 2, _SIZE // 2), "gray")
+    return [pipe(image, output_type="np", **_FEW_STEPS).images]
+
+
 def _draw(pipe: Any, **inputs: Any) -> list[Any]:
     return [pipe(height=_SIZE, width=_SIZE, output_type="np", **_FEW_STEPS, **inputs).images]

@@ -41,7 +41,7 @@ def find_folder(place: str | Path, what: str, patterns: Sequence[str] = ()) -> P
 
 
 def find_companion(place: str | Path, what: str, weights: Sequence[str]) -> Path:
-    """A folder with a model in the Hub's format, see :func:`find_folder`; of a download, only what is needed.
+    """A folder with a model in the Hub's format, or another release, see :func:`find_folder`; only what is needed.
 
     Args:
         place: folder or Hub id.
@@ -51,6 +51,9 @@ def find_companion(place: str | Path, what: str, weights: Sequence[str]) -> Path
     Raises:
         ConversionError: see :func:`find_folder`.
     """
+    published = [path for path in weights if path.endswith(".pt")]
+    if published:
+        return find_folder(place, what, published)
     folder = find_folder(place, what, (*SMALL_FILES, "*.safetensors"))
     if any((folder / path).is_file() for path in weights):
         return folder
@@ -110,6 +113,26 @@ def choose_repos(chosen: Release, folders: Mapping[str, Path]) -> tuple[list[Rep
     return repos, skipped | {
         path: reason for path, reason in chosen.left_out.items() if (folders["release"] / path).exists()
     }
+
+
+def leave_out_absent(
+    repos: Sequence[Repo], chosen: Release, folders: Mapping[str, Path], companions: Mapping[str, str | Path]
+) -> tuple[list[Repo], dict[str, str]]:
+    """Repositories without those optional components of which a file is missing; and why they are left out."""
+    kept, reasons = [], {}
+    for repo in repos:
+        files = [chosen.file(part.file) for model in repo.optional_models for part in model.parts]
+        absent = next((reason for file in files if (reason := _absence(file, folders, companions))), None)
+        kept.append(repo if absent is None else repo.without_optional)
+        if absent is not None:
+            reasons[f"{', '.join(component.name for component in repo.optional)} of {repo.name}"] = absent
+    return kept, reasons
+
+
+def _absence(file: SourceFile, folders: Mapping[str, Path], companions: Mapping[str, str | Path]) -> str | None:
+    if file.root in folders:
+        return None if _locate(file, folders) else f"{_title(file)} is not in the release"
+    return None if file.root in companions else f"no {file.root} was named"
 
 
 def open_files(chosen: Release, names: Sequence[str], folders: Mapping[str, Path]) -> dict[str, WeightFile]:

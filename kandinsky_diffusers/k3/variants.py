@@ -104,7 +104,15 @@ def _tokenizer(root: str, folder: str) -> FilesComponent:
     )
 
 
-def _unet(name: str, published: str, prefix: str, library: str = "diffusers") -> ModelComponent:
+def unet_component(name: str, published: str, prefix: str, library: str = "diffusers") -> ModelComponent:
+    """The UNet.
+
+    Args:
+        name: of its file; that of the projection is called ``"<name> projection"``.
+        published: file name under which the original config has its arguments.
+        prefix: of the keys of the projection.
+        library: as in ``model_index.json``.
+    """
     projection = f"{name} projection"
     return ModelComponent(
         "unet",
@@ -169,11 +177,11 @@ RELEASE_30 = _release(
     FILES_30,
     ("text_encoder", ""),
     (
-        ("kandinsky-3", "Kandinsky3Pipeline", _unet("unet", "kandinsky3.pt", "t5."), STOCK_DDPM),
+        ("kandinsky-3", "Kandinsky3Pipeline", unet_component("unet", "kandinsky3.pt", "t5."), STOCK_DDPM),
         (
             "kandinsky-3-inpaint",
             "Kandinsky3InpaintPipeline",
-            _unet("inpainting", "kandinsky3_inpainting.pt", "t5.", library="kandinsky_diffusers"),
+            unet_component("inpainting", "kandinsky3_inpainting.pt", "t5.", library="kandinsky_diffusers"),
             _scheduler("Kandinsky3DDPMScheduler", **INPAINTING),
         ),
     ),
@@ -187,19 +195,19 @@ RELEASE_31 = _release(
         (
             "kandinsky-3-1",
             "Kandinsky3Pipeline",
-            _unet("unet", "kandinsky3.pt", ""),
+            unet_component("unet", "kandinsky3.pt", ""),
             _scheduler("Kandinsky3AncestralScheduler"),
         ),
         (
             "kandinsky-3-1-flash",
             "Kandinsky3Pipeline",
-            _unet("flash", "kandinsky3_flash.pt", ""),
+            unet_component("flash", "kandinsky3_flash.pt", ""),
             _scheduler("Kandinsky3FlashScheduler"),
         ),
         (
             "kandinsky-3-1-inpaint",
             "Kandinsky3InpaintPipeline",
-            _unet("inpainting", "kandinsky3_inpainting.pt", "", library="kandinsky_diffusers"),
+            unet_component("inpainting", "kandinsky3_inpainting.pt", "", library="kandinsky_diffusers"),
             _scheduler("Kandinsky3AncestralScheduler", **INPAINTING),
         ),
     ),

@@ -1,4 +1,4 @@
-"""The sampler of Kandinsky 3.1 Flash."""
+"""The sampler of Kandinsky 3.1 Flash and KandiSuperRes Flash."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from .kandinsky3 import (
     noise_for,
     output_of,
 )
-from .tables import noised, state_every_setting
+from .tables import linear_alphas_cumprod, noised, state_every_setting
 
 
 class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
-    """The sampler of Kandinsky 3.1 Flash: predict the clean latents, noise them anew, a little less at each step.
+    """The sampler of the Flash models: predict the clean latents, noise them anew, a little less at each step.
 
-    (`generate` with `gan=True` in kandinsky3/t2i_pipeline.py of the original; multistep consistency sampling,
-    algorithm 1 of https://arxiv.org/abs/2303.01469.)
+    (`generate` with `gan=True` in kandinsky3/t2i_pipeline.py of the original of Kandinsky 3.1, and
+    KandiSuperRes/model/diffusion_sr_turbo.py; multistep consistency sampling, algorithm 1 of
+    https://arxiv.org/abs/2303.01469.)
 
     Args:
         num_train_timesteps: length of the training schedule.
@@ -37,8 +38,10 @@ class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: the quantile.
         default_num_inference_steps: what a pipeline takes when it is told none.
         default_guidance_scale: what a pipeline takes when it is told none; 0 is without guidance.
-        beta_schedule: `"squaredcos_cap_v2"`, the only one.
-        prediction_type: `"epsilon"`, the only one.
+        beta_schedule: `"squaredcos_cap_v2"`, or `"linear"` (KandiSuperRes).
+        prediction_type: `"epsilon"`, or `"sample"` for a network that predicts what is clean (KandiSuperRes).
+        beta_start: first of the linear betas.
+        beta_end: last of the linear betas.
         clip_sample: False, the only one.
         sample_max_value: for stock's schedulers; here nothing limits the threshold.
         timestep_spacing: `"trailing"`, for stock's schedulers.
@@ -56,17 +59,21 @@ class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
         dynamic_thresholding_ratio: float = 0.99,
         default_num_inference_steps: int = 4,
         default_guidance_scale: float = 0.0,
-        beta_schedule: Literal["squaredcos_cap_v2"] = "squaredcos_cap_v2",
-        prediction_type: Literal["epsilon"] = "epsilon",
+        beta_schedule: Literal["squaredcos_cap_v2", "linear"] = "squaredcos_cap_v2",
+        prediction_type: Literal["epsilon", "sample"] = "epsilon",
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
         clip_sample: bool = False,
         sample_max_value: float = UNBOUNDED,
         timestep_spacing: Literal["trailing"] = "trailing",
     ):
-        self._check_settings()
+        self._check_settings(beta_schedule=("squaredcos_cap_v2", "linear"), prediction_type=("epsilon", "sample"))
         self._check_timesteps(timesteps)
         self.register_to_config(timesteps=list(timesteps))  # as it comes back from a file
         state_every_setting(self)
         self.alphas_cumprod = cosine_alphas_cumprod(num_train_timesteps, torch.float64)
+        if beta_schedule == "linear":
+            self.alphas_cumprod = torch.from_numpy(linear_alphas_cumprod(beta_start, beta_end, num_train_timesteps))
         self.set_timesteps()
 
     def set_timesteps(
@@ -124,7 +131,7 @@ class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
         """One step: the clean latents, noised to the next timestep unless this is the last.
 
         Args:
-            model_output: the predicted noise, shaped like `sample`.
+            model_output: the predicted noise, or what is clean, shaped like `sample`.
             timestep: the current one of `timesteps`.
             sample: `[batch, channels, height, width]`.
             generator: for the noise of the step; the last step draws none.

@@ -42,16 +42,18 @@ class Kandinsky3Stepper(AncestralStepper):
         check_counts(num_inference_steps=num_inference_steps)
         check_at_most("num_inference_steps", num_inference_steps, self.config.num_train_timesteps)
 
-    def _clean(self, alpha: float, sample: torch.Tensor, noise_prediction: torch.Tensor) -> torch.Tensor:
-        """Formula (15) of https://arxiv.org/abs/2006.11239, then the dynamic threshold."""
-        x0 = (sample - (1.0 - alpha) ** 0.5 * noise_prediction) / alpha**0.5
+    def _clean(self, alpha: float, sample: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """Formula (15) of https://arxiv.org/abs/2006.11239, unless it is predicted; then the dynamic threshold."""
+        x0 = prediction
+        if self.config.prediction_type == "epsilon":
+            x0 = (sample - (1.0 - alpha) ** 0.5 * prediction) / alpha**0.5
         if not self.config.thresholding:
             return x0
         return dynamically_thresholded(x0, self.config.dynamic_thresholding_ratio)
 
     def _check_settings(self, **accepted: Sequence[Any]) -> None:
-        accepted |= {"beta_schedule": ("squaredcos_cap_v2",), "prediction_type": ("epsilon",), "clip_sample": (False,)}
-        for name, values in accepted.items():
+        usual = {"beta_schedule": ("squaredcos_cap_v2",), "prediction_type": ("epsilon",), "clip_sample": (False,)}
+        for name, values in (usual | accepted).items():
             check_choice(name, self.config[name], values)
 
 

@@ -15,13 +15,14 @@ INVENTORIES = Path(__file__).parents[1] / "data" / "inventory"
 FILES = sorted(path.name for path in INVENTORIES.glob("k21_*.json.gz"))
 FILES_20 = sorted(path.name for path in INVENTORIES.glob("k20_*.json.gz"))
 FILES_3 = sorted(path.name for path in INVENTORIES.glob("k3_*.json.gz"))
+FILES_SUPERRES = sorted(path.name for path in INVENTORIES.glob("kandisuperres_*.json.gz"))
 
 
 def shapes_of(name: str) -> dict[str, list[int]]:
     return json.loads(gzip.decompress((INVENTORIES / name).read_bytes()))["tensors"]
 
 
-@pytest.mark.parametrize("name", FILES + FILES_3)
+@pytest.mark.parametrize("name", FILES + FILES_3 + FILES_SUPERRES)
 def test_every_key_is_used_and_comes_back(name):
     found, plans = plan_source(INVENTORIES / name)
     (model,) = plans
@@ -144,3 +145,22 @@ def test_the_controlnet_of_kandinsky_3_has_the_published_sizes():
     assert model.config["block_out_channels"] == [384, 768, 1536]
     assert model.config["conditioning_embedding_out_channels"] == [16, 32, 96, 256]
     assert model.plan.target_shapes.keys() == model.model.state_dict().keys()
+
+
+def test_the_files_of_kandisuperres_together_make_whole_models(tmp_path):
+    for name in FILES_SUPERRES:
+        (tmp_path / name).symlink_to(INVENTORIES / name)
+    _, plans = plan_source(tmp_path, version="superres")
+    assert {model.component.name for model in plans} == {"unet", "movq"}
+    for model in plans:
+        assert not model.notes
+        assert model.plan.target_shapes.keys() == model.model.state_dict().keys()
+    unet = next(model for model in plans if model.component.name == "unet")
+    assert unet.config == {
+        "sample_channels": 3,
+        "init_channels": 128,
+        "block_out_channels": [128, 256, 512, 1024],
+        "layers_per_block": [2, 4, 8, 8],
+        "time_embedding_dim": 512,
+        "groups": 32,
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -27,12 +28,12 @@ FAMILIES = (
 def write_tiny_repos(folder: Path) -> Path:
     """Convert the tiny releases of the golden set in use, and make a language model."""
     families = {name: golden_family(name) for name in FAMILIES}
-    config = {key: value for family in families.values() for key, value in family.hyperparameters.items()}
     with TemporaryDirectory() as scratch:
         releases = {name: build_release(family.path, Path(scratch, name)) for name, family in families.items()}
         torch.save(random_weights(), releases["kandinsky-3-controlnet"] / "ControlNetHED.pth")
         for name, release in releases.items():
-            needed = {"refiner": releases["kandinsky-3.1"]} if name == "kandisuperres" else {}
+            needed: dict[str, Any] = {"refiner": releases["kandinsky-3.1"]} if name == "kandisuperres" else {}
+            config = families["kandinsky-3.1"].hyperparameters | families[name].hyperparameters
             convert(release, folder, original_config=config, **needed)
     make_language_model(folder / "neural-chat-7b-v3-1")
     return folder

@@ -1,0 +1,85 @@
+"""How KandiSuperRes Flash redraws fine detail: one step of Kandinsky 3.1 Flash on the latents, tile by tile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import sampling
+from ..movq import MoVQ, pixels_per_latent
+from ..tiling import apply_in_tiles
+
+
+TILE, STRIDE = 352, 264  # latents
+
+
+class Refiner:
+    """The second half of the Flash pipeline (`refine_tiled` in KandiSuperRes/model/diffusion_refine.py).
+
+    Tiles go to `device` one at a time, and back to where the pixels are.
+
+    Args:
+        movq: between pixels and latents; it works in tiles of its settings, enabled or not.
+        unet: predicts the noise.
+        scheduler: its timesteps say how much is redrawn.
+        context: what the UNet reads in the place of a text.
+        device: where the models run.
+        generator: for the noise, drawn for each tile.
+    """
+
+    def __init__(
+        self, movq: MoVQ, unet: Any, scheduler: Any, context: Any, device: torch.device, generator: Any = None
+    ):
+        self.movq, self.unet, self.scheduler, self.context = movq, unet, scheduler, context
+        self.device, self.generator = device, generator
+        self._pixels_per_latent = pixels_per_latent(movq)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents of `pixels` `[1, 3, height, width]` around [-1, 1]; tiles do not overlap."""
+
+        def encoded(tile: torch.Tensor) -> torch.Tensor:
+            return self.movq.encode(tile.to(self.device, self.movq.dtype)).latents.to(pixels)
+
+        scale = self._pixels_per_latent
+        side = self.movq.tile_sample_min_size // scale * scale
+        return apply_in_tiles(encoded, pixels, side, side, 1 / scale)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels of `latents` `[1, 4, height, width]`; tiles overlap where there are several."""
+
+        def decoded(tile: torch.Tensor) -> torch.Tensor:
+            sample = self.movq.decode(tile.to(self.device, self.movq.dtype), force_not_quantize=True).sample
+            return sample.to(latents)
+
+        side = self.movq.tile_sample_min_size // self._pixels_per_latent
+        overlap = self.movq.tile_overlap if max(latents.shape[-2:]) > side else 0
+        return apply_in_tiles(decoded, latents, side, int(side * (1 - overlap)), self._pixels_per_latent)
+
+    def redraw(self, latents: torch.Tensor) -> torch.Tensor:
+        """`latents` noised to the scheduler's first timestep and denoised again, in overlapping tiles."""
+        return apply_in_tiles(self._redraw_tile, latents, TILE, STRIDE)
+
+    def _redraw_tile(self, tile: torch.Tensor) -> torch.Tensor:
+        context, mask = self.context(len(tile))
+        dtype = self.unet.dtype
+
+        def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.unet(
+                sample.to(dtype),
+                timestep,
+                encoder_hidden_states=context.to(self.device, dtype),
+                encoder_attention_mask=mask.to(self.device),
+                return_dict=False,
+                projected=True,
+            )[0].to(sample)
+
+        self.scheduler.set_timesteps(device=self.device)
+        redrawn = sampling.denoise(
+            self.scheduler.noised_start(tile.to(self.device), self.generator),
+            self.scheduler.timesteps,
+            predict,
+            combine=lambda prediction: prediction,
+            step=lambda prediction, t, x: self.scheduler.step(prediction, t, x, self.generator).prev_sample,
+        )
+        return redrawn.to(tile)
