@@ -36,7 +36,7 @@ def convert(
         typer.Argument(help="Folder with the original files or repositories, or a Hub id. With --plan also a file."),
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder that gets one folder per repository.")] = None,
-    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.0, 2.1, 2.2, 3.0, 3.1.")] = "auto",
+    version: Annotated[str, typer.Option(help="Which release it is: auto, 2.0, 2.1, 2.2, 3.0, 3.1, 3-lora.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, float16 or bfloat16.")] = "auto",
     variant: Annotated[str | None, typer.Option(help="fp16 or bf16: cast, and name the files so.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
@@ -176,7 +176,7 @@ def _show_plans(plans: list[ModelPlan], ignored: tuple[str, ...]) -> None:
         made, plan = len(model.plan.target_shapes), model.plan
         used = sum(len(step.sources) for step in plan.steps)
         typer.echo(
-            f"{' + '.join(model.files)} -> {model.component.name} ({model.component.class_name}): {used} keys make "
+            f"{' + '.join(model.files)} -> {model.component.label} ({model.component.class_name}): {used} keys make "
             f"{made} tensors, {len(plan.dropped)} dropped, {len(plan.elsewhere)} for other models"
         )
         for reason, keys in by_reason(plan.dropped).items():

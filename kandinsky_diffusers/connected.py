@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from .inputs import as_prompts, as_weights, check_counts
+from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .prior_call import check_mixable
 
@@ -62,10 +63,11 @@ def _given_prior() -> Iterator[None]:
         _prior_is_given.reset(token)
 
 
-class ConnectedPriorMixin:
+class ConnectedPriorMixin(KandinskyLoraMixin):
     """Mixed in before a stock combined pipeline, whose components of the prior are named `prior_...`."""
 
     _load_connected_pipes = _LoadsConnectedPipes()
+    _lora_loadable_modules: ClassVar = ["unet", "prior_prior"]
     _prior_class: type
     _decoder_class: type
 

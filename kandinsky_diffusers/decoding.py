@@ -24,6 +24,7 @@ from .inputs import (
     count_images,
     expand,
 )
+from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .schedulers import noise_to, start_at
 
@@ -66,6 +67,7 @@ class Call:
         text: prompts and negative prompts, for the pipelines that take any.
         source: pixels, or what is known of them, where a picture is given.
         hint: a depth map `[1 or prompts or pictures, 3, height, width]`, for the UNets that take one.
+        regions: prompts for parts of the picture, for the pipelines that take any.
     """
 
     arguments: Mapping[str, Any]
@@ -74,12 +76,13 @@ class Call:
     text: Any = None
     source: Any = None
     hint: torch.Tensor | None = None
+    regions: Sequence[Any] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
 
-class DecoderMixin:
+class DecoderMixin(KandinskyLoraMixin):
     """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
@@ -196,7 +199,7 @@ class DecoderMixin:
         conditions = self._encode(call, device)
         latents = self._start(call, conditions, noise_timestep, device)
         on_step_end = self._on_step_end(call, conditions, timesteps)
-        latents = self._denoise(latents, timesteps, conditions, call["generator"], on_step_end)
+        latents = self._denoise(latents, timesteps, conditions, call, on_step_end)
         images = self._finish(call, latents)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if call["return_dict"] else (images,)
@@ -300,11 +303,11 @@ class DecoderMixin:
         latents: torch.Tensor,
         timesteps: torch.Tensor,
         conditions: Conditions,
-        generator: Any,
+        call: Call,
         on_step_end: sampling.OnStepEnd | None,
     ) -> torch.Tensor:
         """The loop. Of the generator and inpainting's known region the scheduler's `step` gets what it takes."""
-        offered = {"generator": generator, **{k: conditions.get(k) for k in ("known_latents", "keep_mask")}}
+        offered = {"generator": call["generator"], **{k: conditions.get(k) for k in ("known_latents", "keep_mask")}}
         accepted = inspect.signature(self.scheduler.step).parameters
         step = partial(self.scheduler.step, **{k: v for k, v in offered.items() if k in accepted})
         self._num_timesteps = len(timesteps)

@@ -101,10 +101,19 @@ def masks_from(masks: Images, size: tuple[int, int] | None = None, name: str = "
         TypeError: an item is no picture, array or tensor.
         ValueError: shapes or values (outside [0, 1], or 0..255) are others.
     """
-    return [_mask_of(mask, size, name) for mask in _as_list(masks, name)]
+    return [(_share_of(mask, size, name) >= 0.5).float() for mask in _as_list(masks, name)]
 
 
-def _mask_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tensor:
+def shares_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
+    """The same with all that is grey, in [0, 1]; PIL masks keep their sizes, too.
+
+    Raises:
+        TypeError, ValueError: see [`masks_from`].
+    """
+    return [_share_of(mask, None, name) for mask in _as_list(masks, name)]
+
+
+def _share_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tensor:
     if isinstance(mask, PIL.Image.Image):
         height, width = size or (mask.height, mask.width)
         mask = np.array(mask.resize((width, height), PIL.Image.Resampling.LANCZOS).convert("L"))
@@ -112,7 +121,7 @@ def _mask_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tens
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0.0 and highest <= 255.0):  # written so that it catches NaN
         raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [0, 1] or 0..255.")
-    return (values >= (127.5 if highest > 1.0 else 0.5)).float()
+    return values / 255.0 if highest > 1.0 else values
 
 
 def resize_mask(masks: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:

@@ -135,6 +135,12 @@ def check_at_least(name: str, value: int, limit: int) -> None:
         raise ValueError(f"`{name}` is {value}; accepted is {limit} or more.")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError where `value` is not in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` is {value}; accepted is 0 to 1.")
+
+
 def check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:
     """Raises ValueError where `value` is not among the accepted ones."""
     if value not in accepted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import PIL.Image
 import torch
@@ -31,6 +31,7 @@ from .inputs import (
     check_generators,
     check_shape,
 )
+from .lora import KandinskyLoraMixin
 from .options import Generators, PriorOptions, Prompts, accepts
 from .pipeline_base import KandinskyPipelineMixin
 from .prior import CachedPriorTransformer, PrefixOfCall, arguments_of
@@ -44,7 +45,7 @@ CONDITIONS = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
 Embedded = KandinskyPriorPipelineOutput | tuple[Any, Any]
 
 
-class PriorPipeline(KandinskyPipelineMixin, DiffusionPipeline):
+class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipeline):
     """Base of the prior pipelines.
 
     The part of the prior that does not depend on the step is computed once per call; `exact_reference(True)` switches
@@ -61,6 +62,7 @@ class PriorPipeline(KandinskyPipelineMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->image_encoder->prior"
     _exclude_from_cpu_offload = ()
+    _lora_loadable_modules: ClassVar = ["prior"]
     _callback_tensor_inputs = ("latents", *CONDITIONS)
 
     # In 2.1 `interpolate` guides the prior by `negative_prior_prompt`, as the original does. In 2.2 it makes, as stock

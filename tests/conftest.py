@@ -22,6 +22,7 @@ import torch
 
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.release import build_release
+from tests.support.stock import StockProcess
 
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -49,6 +50,14 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[StockProcess]:
+    """A Python process without this package."""
+    process = StockProcess()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

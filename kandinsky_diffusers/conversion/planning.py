@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConversionError
 from .matching import Plan, Shapes, match
-from .recipe import Inputs, ModelComponent, Release
+from .recipe import Inputs, ModelComponent, Release, WeightsComponent
 from .rules import RuleTable
 
 
@@ -21,7 +21,8 @@ class ModelPlan:
         files: names of its source files that are there.
         config: its configuration; empty when the file that tells it is not there.
         plan: what becomes of every key.
-        model: the model on the meta device, without weights; None when the configuration is not known.
+        model: the model on the meta device, without weights; None when the configuration is not known, or there is no
+            model.
         notes: what could not be checked, and why.
     """
 
@@ -47,7 +48,9 @@ def plan_model(component: ModelComponent, inputs: Inputs, drop: Sequence[str] = 
     main = component.parts[0]
     config = _configure(component, inputs, title) if main in present else None
     model, expected = None, None
-    if config is not None:
+    if config is not None and isinstance(component, WeightsComponent):
+        expected = component.shapes(config)
+    elif config is not None:
         model = build_on_meta(component, config, title)
         expected = expected_shapes(model)
     tables = {part: part.rules(config or {}) for part in component.parts if part in present or config is not None}
@@ -117,7 +120,7 @@ def _merge(component: ModelComponent, inputs: Inputs) -> Shapes:
     for part in component.parts:
         shapes = inputs.files[part.file].shapes if part.file in inputs.files else {}
         if clash := merged.keys() & shapes.keys():
-            raise ConversionError(f"{sorted(clash)[0]} is in several files of {component.name}.")
+            raise ConversionError(f"{sorted(clash)[0]} is in several files of {component.label}.")
         merged.update(shapes)
     return merged
 

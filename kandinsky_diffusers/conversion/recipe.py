@@ -17,6 +17,7 @@ from .errors import ConversionError
 from .matching import Shapes
 from .reader import RenamedFile, WeightFile
 from .rules import RuleTable
+from .smoke import load_pipeline
 
 
 Config = Mapping[str, Any]
@@ -123,7 +124,7 @@ class Component:
     """A folder of a repository, and its entry ``[library, class_name]`` in ``model_index.json``.
 
     Args:
-        name: the folder.
+        name: the folder; empty for the repository's own, where the repository is that one model.
         library: as in ``model_index.json``; it may also be a pipeline folder of diffusers.
         class_name: likewise.
     """
@@ -131,6 +132,11 @@ class Component:
     name: str
     library: str
     class_name: str
+
+    @property
+    def label(self) -> str:
+        """How records and messages call it."""
+        return self.name or self.class_name
 
     def entry(self, inputs: Inputs) -> list[str]:
         """Library and class, as ``model_index.json`` has them."""
@@ -159,6 +165,19 @@ class ModelComponent(Component):
         folder = f"diffusers.pipelines.{self.library}"
         module = self.module or (folder if find_spec(folder) else self.library)
         return getattr(import_module(module), self.class_name)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightsComponent(ModelComponent):
+    """Weights that are no model of their own, such as an adapter's: a single file, without a configuration.
+
+    Args:
+        stem: its name without ending.
+        shapes: key to shape of what it has to hold, from the configuration.
+    """
+
+    stem: str = "weights"
+    shapes: Callable[[Config], Shapes] = lambda config: {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,21 +242,23 @@ class Repo:
 
     Args:
         name: its folder.
-        pipeline: class name of its pipeline.
+        pipeline: class name of its pipeline; None where it is for other pipelines to load, and has no index.
         main: the source file without which this repository is left out.
         components: what ``model_index.json`` lists.
-        smoke: runs the loaded pipeline once, as small as possible, and returns the resulting tensors or arrays.
+        smoke: runs what was loaded once, as small as possible, and returns the resulting tensors or arrays.
         extras: folders that it does not list.
         joined: the repository without which this one is of no use, if there is such a one.
+        load: loads the written repository for ``smoke``, from its folder and the variant of its weights.
     """
 
     name: str
-    pipeline: str
+    pipeline: str | None
     main: str
     components: tuple[Component, ...]
     smoke: Callable[[Any], Sequence[Any]]
     extras: tuple[Component, ...] = ()
     joined: Joined | None = None
+    load: Callable[[Path, str | None], Any] = load_pipeline
 
     @property
     def models(self) -> list[ModelComponent]:

@@ -70,7 +70,7 @@ class Record:
         """What ``conversion.json`` of one repository says."""
         import diffusers
 
-        models = {model.name: self.models[model] for model in repo.models}
+        models = {model.label: self.models[model] for model in repo.models}
         used = dict.fromkeys(name for model in models.values() for name in model["sources"])
         return {
             "converter": "kandinsky_diffusers",

@@ -16,7 +16,7 @@ from .errors import ConversionError
 from .matching import Step
 from .planning import ModelPlan
 from .reader import WeightFile
-from .recipe import ConfigComponent, FilesComponent, Inputs, ModelComponent, Repo
+from .recipe import ConfigComponent, FilesComponent, Inputs, ModelComponent, Repo, WeightsComponent
 from .writer import Entry, ShardedWriter, write_json
 
 
@@ -123,7 +123,8 @@ class RepoWriter:
                 component.write(place)
             elif isinstance(component, FilesComponent):
                 component.write(self.inputs, place)
-        write_json(target / "model_index.json", model_index(repo, self.inputs))
+        if repo.pipeline is not None:
+            write_json(target / "model_index.json", model_index(repo, self.inputs))
         return target
 
     def size(self, repos: Iterable[Repo]) -> int:
@@ -144,8 +145,8 @@ class RepoWriter:
 
     def _write_model(self, component: ModelComponent, place: Path, repo: Repo) -> None:
         plan = self.plans[component]
-        place.mkdir()
-        entries, text = self.entries(plan), f"{repo.name}/{component.name}"
+        place.mkdir(exist_ok=not component.name)
+        entries, text = self.entries(plan), f"{repo.name}/{component.label}"
         twin = self._done.setdefault(component, place)
         if twin is not place:
             with closing(self.output.bar(folder_size(twin), text)) as bar:
@@ -156,8 +157,10 @@ class RepoWriter:
             self._stream(plan, entries, place, bar.update)
 
     def _stream(self, plan: ModelPlan, entries: list[Entry], place: Path, advance: Callable[[int], None]) -> None:
-        output = self.output
-        writer = ShardedWriter(place, weights_stem(plan), entries, output.max_shard_size, output.variant, advance)
+        variant, limit = self.output.variant, self.output.max_shard_size
+        if isinstance(plan.component, WeightsComponent):  # loaded by its name
+            variant, limit = None, sum(entry.size for entry in entries)
+        writer = ShardedWriter(place, weights_stem(plan), entries, limit, variant, advance)
         source = merged(plan, self.inputs)
         with closing(writer):
             for step in plan.plan.steps:
@@ -191,6 +194,8 @@ def weights_stem(plan: ModelPlan) -> str:
     """File name of the weights without ending: diffusers and transformers differ in it."""
     from transformers import PreTrainedModel
 
+    if isinstance(plan.component, WeightsComponent):
+        return plan.component.stem
     return "model" if isinstance(plan.model, PreTrainedModel) else "diffusion_pytorch_model"
 
 
@@ -198,6 +203,8 @@ def write_config(plan: ModelPlan, entries: list[Entry], place: Path) -> None:
     """Write ``config.json`` of a model."""
     from transformers import PreTrainedModel
 
+    if plan.model is None:
+        return
     if not isinstance(plan.model, PreTrainedModel):
         plan.model.save_config(place)
         return

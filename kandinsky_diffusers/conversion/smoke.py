@@ -1,13 +1,24 @@
-"""Small runs of freshly written pipelines: two steps, the smallest picture."""
+"""Small runs of freshly written repositories: two steps, the smallest picture."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
 _PROMPT = "a hat"
 _SIZE = 64
 _FEW_STEPS = {"num_inference_steps": 2}
+
+
+def load_pipeline(folder: Path, variant: str | None) -> Any:
+    """The pipeline that a repository is, in float32."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, variant=variant, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def run_prior(pipe: Any) -> list[Any]:

@@ -26,7 +26,7 @@ def verify_repo(repo: Repo, place: Path, writer: RepoWriter) -> dict[str, Any]:
     Raises:
         ConversionError: a tensor differs, or the repository does not load or run.
     """
-    compared = {model.name: compare_model(writer.plans[model], place / model.name, writer) for model in repo.models}
+    compared = {model.label: compare_model(writer.plans[model], place / model.name, writer) for model in repo.models}
     return {"bit_identical_tensors": compared, "loaded_and_run": run_once(repo, place, writer)}
 
 
@@ -54,26 +54,24 @@ def compare_model(plan: ModelPlan, place: Path, writer: RepoWriter) -> int:
 
 
 def run_once(repo: Repo, place: Path, writer: RepoWriter) -> str:
-    """Load a repository with ``DiffusionPipeline.from_pretrained`` in float32 and run its smoke test.
+    """Load a repository as its users do, in float32, and run it.
 
     Returns:
-        The name of the pipeline's class.
+        The name of the class of what was loaded.
 
     Raises:
         ConversionError: it does not load, or does not give finite results.
     """
     import torch
-    from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(place, variant=writer.output.variant, torch_dtype=torch.float32)
-        pipe.set_progress_bar_config(disable=True)
-        results = repo.smoke(pipe)
+        loaded = repo.load(place, writer.output.variant)
+        results = repo.smoke(loaded)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"{repo.name} was written, but does not run: {error!r}") from error
     if not all(bool(torch.as_tensor(result).isfinite().all()) for result in results):
         raise ConversionError(f"{repo.name} was written, but its results are not finite.")
-    return type(pipe).__name__
+    return type(loaded).__name__
 
 
 def _written(place: Path, stem: str) -> Mapping[str, WeightFile]:

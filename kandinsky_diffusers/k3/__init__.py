@@ -10,6 +10,7 @@ from __future__ import annotations
 from .pipeline import Kandinsky3Pipeline
 from .pipeline_img2img import Kandinsky3Img2ImgPipeline
 from .pipeline_inpaint import Kandinsky3InpaintPipeline
+from .regions import Region
 from .unet import Kandinsky3UNet
 
 
@@ -18,4 +19,5 @@ __all__ = [
     "Kandinsky3InpaintPipeline",
     "Kandinsky3Pipeline",
     "Kandinsky3UNet",
+    "Region",
 ]

@@ -22,6 +22,7 @@ from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..schedulers import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler, Kandinsky3FlashScheduler
+from .regions import Regions, RegionsMixin
 from .text import TextEncoder, TextInputs, TextStates, context_of, fitted, no_text, stock_context_of
 from .unet import Kandinsky3UNet
 
@@ -42,15 +43,20 @@ class Kandinsky3Options(DrawingOptions, total=False):
         width: likewise.
         num_inference_steps: of the scheduler.
         guidance_scale: 0 draws without guidance.
+        regions: prompts for parts of the picture: a list of (prompt, mask), white or 1 where the prompt counts, or of
+            [`Region`]. Where they overlap the later one counts, where there is none the prompt of the call.
+        regional_base_ratio: from 0 to 1, the share of the prompt of the call inside of regions.
     """
 
     height: Annotated[int | None, None]
     width: Annotated[int | None, None]
     num_inference_steps: Annotated[int | None, None]
     guidance_scale: Annotated[float | None, None]
+    regions: Annotated[Regions | None, None]
+    regional_base_ratio: Annotated[float, 0.0]
 
 
-class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pipeline):
+class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pipeline):
     """Text to image with Kandinsky 3.0, 3.1 or Flash; which one is a matter of its components.
 
     To change one part, subclass it and override `encode_prompt`, `prepare_latents`, `predict_noise` or
@@ -193,11 +199,15 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
     def _check(self, arguments: Mapping[str, Any]) -> Call:
         arguments = self._with_defaults(arguments)
         text = TextInputs.of(arguments)
+        self._check_text(text)
+        call = replace(self._check_common(arguments, text.count), text=text)
+        return self._with_regions(call)
+
+    def _check_text(self, text: TextInputs) -> None:
         self._check_encoder(text)
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             if (states := getattr(text, name)) is not None:
                 check_shape(states, (*states.shape[:2], self.unet.config.encoder_hid_dim), name)
-        return replace(self._check_common(arguments, text.count), text=text)
 
     def _check_encoder(self, text: TextInputs) -> None:
         if text.needs_encoder and (self.text_encoder is None or self.tokenizer is None):
@@ -216,19 +226,24 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
         return SIDE, SIDE
 
     def _encode(self, call: Call, device: torch.device) -> Conditions:
-        """Conditions as the step-end callback sees them in stock: `prompt_embeds` and its mask have both halves."""
+        conditions = self._states_of(call.text, call.batch.images, device)
+        conditions |= self._context(conditions, call.batch.images)
+        return conditions | self._regional_conditions(call, device)
+
+    def _states_of(self, text: TextInputs, images: int, device: torch.device) -> Conditions:
+        """States as the step-end callback sees them in stock: `prompt_embeds` and its mask have both halves."""
         states, negative_states, mask, negative_mask = self.encode_prompt(
             device=device,
-            num_images_per_prompt=call.batch.images_per_prompt,
+            num_images_per_prompt=images // text.count,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
-            **vars(call.text),
+            **vars(text),
         )
         conditions = {"prompt_embeds": states.to(self.unet.dtype), "attention_mask": mask}
         if negative_states is not None and negative_mask is not None:
             negative = {"prompt_embeds": negative_states.to(self.unet.dtype), "attention_mask": negative_mask}
             conditions = {name: torch.cat([negative[name], rows]) for name, rows in conditions.items()}
             conditions |= {f"negative_{name}": rows for name, rows in negative.items()}
-        return conditions | self._context(conditions, call.batch.images)
+        return conditions
 
     def _context(self, conditions: Conditions, images: int) -> Conditions:
         states, mask = conditions["prompt_embeds"], conditions["attention_mask"]
@@ -282,6 +297,8 @@ class Kandinsky3Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pi
             return_dict=False,
             projected=self._has_null_embedding,
             context_lengths=conditions.get("context_lengths"),
+            regional_hidden_states=conditions.get("regional_context"),
+            regional_attention_mask=conditions.get("regional_context_mask"),
         )[0]
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -130,6 +130,8 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         project: bool = False,
         projected: bool = False,
         context_lengths: torch.Tensor | None = None,
+        regional_hidden_states: torch.Tensor | None = None,
+        regional_attention_mask: torch.Tensor | None = None,
     ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
         """Predict the noise, or project the text.
 
@@ -148,6 +150,10 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
             context_lengths: `[batch]` ints; the query that pools the text is the mean of so many first rows of each
                 sample's context (the original's context has one row more than the text has tokens). None for all
                 rows, as stock has it.
+            regional_hidden_states: `[batch, regional tokens, ...]`, of prompts for parts of the picture, like
+                `encoder_hidden_states`. They are not pooled; in the cross-attentions they follow the others, and the
+                processors know which token is for which part ([`k3.regions.RegionalAttention`]).
+            regional_attention_mask: `[batch, regional tokens]`; both masks are needed then.
 
         Raises:
             ValueError: an argument is missing or does not belong there, or `sample` has a size that cannot be halved
@@ -165,6 +171,10 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         context = encoder_hidden_states if projected else self.encoder_hid_proj(encoder_hidden_states)
         time_embed = self._embed_time(timestep, sample)
         time_embed = self._pool(time_embed, context, mask, context_lengths)
+        if regional_hidden_states is not None:
+            regional = regional_hidden_states if projected else self.encoder_hid_proj(regional_hidden_states)
+            context = torch.cat([context, regional], dim=1)
+            mask = _additive_mask(_joined(encoder_attention_mask, regional_attention_mask), sample.dtype, projected)
         sample = self._transform(sample, time_embed, context, mask)
         return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
 
@@ -233,6 +243,14 @@ def _additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, projected: boo
         return ((1 - mask.to(dtype)) * STOCK_MASKED_SCORE).unsqueeze(1)
     lowest = torch.finfo(dtype).min
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest).unsqueeze(1)
+
+
+def _joined(mask: torch.Tensor | None, regional_mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None or regional_mask is None:
+        raise ValueError(
+            "`regional_hidden_states` needs `encoder_attention_mask` and `regional_attention_mask`; one is None."
+        )
+    return torch.cat([mask, regional_mask], dim=1)
 
 
 def _mean_of_first(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -114,11 +114,12 @@ def unet_rules(config: Config) -> RuleTable:
             rename(f"{attention}.attention.{{to}}.weight", f"{attention}.attention.{{to}}.weight"),
             rename(NULL_EMBEDDING, NULL_EMBEDDING, Flatten(), optional=True),
         ),
-        paths=_unet_paths(config),
+        paths=unet_paths(config),
     )
 
 
-def _unet_paths(config: Config) -> dict[str, dict[str, str]]:
+def unet_paths(config: Config) -> dict[str, dict[str, str]]:
+    """Modules of the UNet by kind, `resnet`, `attention` and `to`: their paths in the original and in diffusers."""
     to = {"to_query": "to_q", "to_key": "to_k", "to_value": "to_v", "output_layer": "to_out.0"}
     resnets, attentions = {}, {}
     levels = range(len(config["block_out_channels"]))

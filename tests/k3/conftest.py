@@ -14,6 +14,8 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, VQModel
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 
+import kandinsky_diffusers
+
 
 SIZE = {"height": 64, "width": 64}
 QUICK = {**SIZE, "num_inference_steps": 2, "output_type": "np"}
@@ -24,6 +26,7 @@ REPOS = {
     "flash": "kandinsky-3-1-flash",
     "3.1 inpaint": "kandinsky-3-1-inpaint",
 }
+Refused = Callable[..., None]
 TASKS = ["Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "Kandinsky3InpaintPipeline"]
 
 
@@ -122,3 +125,19 @@ def float64(pipe: Any) -> Any:
     copy = type(pipe)(**parts)
     copy.set_progress_bar_config(disable=True)
     return copy
+
+
+@pytest.fixture
+def refused(make: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """`refused(class name, changed arguments, name in the message)`."""
+
+    def check(name: str, changed: dict[str, Any], named: str, kind: str = "3.1", **replaced: Any) -> None:
+        pipe = make(getattr(kandinsky_diffusers, name), kind, **replaced)
+        for model in ("unet", "movq", "text_encoder"):
+            for method in ("forward", "encode", "decode"):
+                if hasattr(getattr(pipe, model, None), method):
+                    monkeypatch.setattr(getattr(pipe, model), method, lambda *_, **__: pytest.fail("a model ran"))
+        with pytest.raises((ValueError, TypeError), match=named):
+            pipe(**inputs(name, **changed))
+
+    return check

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import kandinsky_diffusers
-from tests.k3.conftest import TASKS, seeded
+from tests.k3.conftest import TASKS, Refused, seeded
 
 
-Refused = Callable[..., None]
 STATES = torch.zeros(1, 5, 20)
 MASK = torch.ones(1, 5)
-
-
-@pytest.fixture
-def refused(make: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """`refused(class name, changed arguments, name in the message)`."""
-
-    def check(name: str, changed: dict[str, Any], named: str, kind: str = "3.1", **replaced: Any) -> None:
-        pipe = make(getattr(kandinsky_diffusers, name), kind, **replaced)
-        for model in ("unet", "movq", "text_encoder"):
-            for method in ("forward", "encode", "decode"):
-                if hasattr(getattr(pipe, model, None), method):
-                    monkeypatch.setattr(getattr(pipe, model), method, lambda *_, **__: pytest.fail("a model ran"))
-        with pytest.raises((ValueError, TypeError), match=named):
-            pipe(**inputs(name, **changed))
-
-    return check
 
 
 @pytest.mark.parametrize(

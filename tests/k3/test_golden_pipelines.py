@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.schedulers import scheduling_ddpm
 
-from kandinsky_diffusers import sampling
+from kandinsky_diffusers import Region, sampling
 from tests.support.goldens import GoldenCase, GoldenFamily
 from tests.support.parity import SAMPLER, Replay, assert_close, assert_same_picture
 
@@ -173,6 +173,16 @@ def fork_arguments(case: GoldenCase, pipe: Any, negative: tuple[torch.Tensor, to
     }
 
 
+def fork_regions(case: GoldenCase, pipe: Any) -> list[Region]:
+    """Its regions; that of the first covers all, whatever its mask."""
+    texts = zip(case.parameters["regional_prompts"], case.parameters["regional_negative_prompts"], strict=True)
+    regions = []
+    for index, (prompt, negative) in enumerate(texts):
+        mask = case[f"mask_{index}"] if index else torch.ones_like(case["mask_0"])
+        regions.append(Region(None, mask, None, *fork_states(pipe, prompt), *fork_states(pipe, negative)))
+    return regions
+
+
 def fork_replay(case: GoldenCase, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> Replay:
     """It drew with a scheduler of diffusers, which draws by itself."""
     pipe.scheduler = DDPMScheduler(**case.parameters["scheduler"])
@@ -209,4 +219,21 @@ def test_golden_image_to_image_of_the_fork(
     latents = pipe(image=picture, **fork_arguments(case, pipe, nothing)).images
     assert not draws.draws
     assert_close(encoded[0], case["init_latents"], SAMPLER, "latents of the picture")
+    check(case, pipe, latents)
+
+
+@torch.no_grad()
+def test_golden_regional_prompting_of_the_fork(
+    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = goldens_31.case("fork_regional")
+    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+    draws = fork_replay(case, pipe, monkeypatch)
+    negative = fork_states(pipe, case.parameters["negative_prompt"])
+    latents = pipe(
+        **fork_arguments(case, pipe, negative),
+        regions=fork_regions(case, pipe),
+        regional_base_ratio=case.parameters["base_ratio"],
+    ).images
+    assert not draws.draws
     check(case, pipe, latents)
