@@ -23,7 +23,7 @@ from train_lora_3 import train as train_3
 from train_lora_22_decoder import DecoderSettings
 from train_lora_22_decoder import train as train_22
 
-from kandinsky_diffusers import Kandinsky3Pipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from kandinsky_diffusers import Kandinsky3Pipeline, Kandinsky3UNet, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from kandinsky_diffusers.images import pixels_from
 from kandinsky_diffusers.k3.text import context_of
 from tests.support import tiny22
@@ -286,19 +286,50 @@ def test_a_decoder_lora_draws_what_it_was_trained_on(
         return pipe(**embeds, **options, num_images_per_prompt=4, generator=seeds).images
 
     without = draw()
-    pipe.unet.load_lora_adapter(settings.output, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights(settings.output)
     drawn = draw()
     assert rms(drawn, red) < 0.8 * rms(without, red)
     assert rms(drawn, red) < rms(drawn, blue)
 
 
-def test_a_lora_of_3_sees_the_trained_picture_in_noise(converted_31: Path, data: Path, tmp_path: Path) -> None:
-    repo = str(converted_31 / "kandinsky-3-1")
-    settings = Kandinsky3Settings(
-        data=data, output=tmp_path / "lora", model=repo, size=64, steps=12, batch_size=2, learning_rate=1e-2
-    )
-    losses = train_3(settings)
-    assert len(losses) == 12
+@pytest.fixture(scope="session")
+def outspoken_31(converted_31: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Kandinsky 3.1 whose UNet predicts about as much as there is noise; the golden one predicts next to nothing."""
+    repo = tmp_path_factory.mktemp("repos") / "kandinsky-3-1"
+    shutil.copytree(converted_31 / "kandinsky-3-1", repo)
+    unet = Kandinsky3UNet.from_pretrained(repo, subfolder="unet")
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(5)
+    unet.save_pretrained(repo / "unet")
+    return str(repo)
+
+
+@torch.no_grad()
+def denoised(pipe: Any, latents: torch.Tensor, caption: str) -> torch.Tensor:
+    """The latents that the UNet of 3.x sees in noisy ones, with noise that no training draws."""
+    timesteps = torch.arange(100, 900, 25)
+    schedule, noise = noise_schedule_of(pipe), torch.randn(len(timesteps), *latents.shape[1:])
+    noisy = schedule.add_noise(latents.expand_as(noise), noise, timesteps)  # pyright: ignore[reportArgumentType]
+    states, _, mask, _ = pipe.encode_prompt([caption] * len(timesteps), do_classifier_free_guidance=False)
+    predicted = pipe.predict_noise(noisy, timesteps, context_of(pipe.unet, states, mask, images=len(timesteps)))
+    alphas = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return (noisy - (1 - alphas).sqrt() * predicted) / alphas.sqrt()
+
+
+def test_a_lora_of_3_sees_the_trained_picture_in_noise(outspoken_31: str, data: Path, tmp_path: Path) -> None:
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "conv_out"]
+    usual = {"data": data, "output": tmp_path / "lora", "model": outspoken_31, "size": 64, "target": layers}
+    losses = train_3(Kandinsky3Settings(**usual, steps=16, batch_size=2, learning_rate=2e-2))
+
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    pipe: Any = Kandinsky3Pipeline.from_pretrained(outspoken_31)
+    with torch.no_grad():
+        red = pipe.encode_pixels(pixels_from(picture(RED), 64, 64), CPU)
+    torch.manual_seed(0)
+    without = denoised(pipe, red, "a red picture")
+    pipe.load_lora_weights(tmp_path / "lora")
+    torch.manual_seed(0)
+    assert rms(denoised(pipe, red, "a red picture"), red) < 0.9 * rms(without, red)
 
 
 # --- Checkpoints
@@ -317,6 +348,13 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(settings_22: Callab
     assert resumed == losses[2:]
     again = load_file(whole.output / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+def test_accumulated_batches_are_one_large_batch(settings_22: Callable[..., DecoderSettings], tmp_path: Path) -> None:
+    at_once = train_22(settings_22(steps=3, batch_size=2))
+    in_two = train_22(settings_22(steps=3, gradient_accumulation=2, output=tmp_path / "other"))
+
+    assert in_two == pytest.approx(at_once, rel=1e-4)
 
 
 def test_only_the_newest_checkpoints_are_kept(settings_22: Callable[..., DecoderSettings]) -> None:

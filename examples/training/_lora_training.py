@@ -109,7 +109,7 @@ def train_lora(settings: Settings, examples: Sequence[Example], prepare: Prepare
     training = LoraTraining(settings, accelerator, material, facts)
     losses = training.run(latents, checkpoint)
     if accelerator.is_main_process:
-        training.save_lora(settings.output)
+        material.pipe.save_lora_weights(settings.output)
     accelerator.end_training()
     return losses
 
@@ -264,11 +264,6 @@ class LoraTraining:
             image.save(folder / f"step-{step:06}-{number}.png")
         self.pipe.unet.train()
 
-    def save_lora(self, folder: Path) -> None:
-        """Write the LoRA as diffusers does, with its configuration in the metadata."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.pipe.unet.save_lora_adapter(folder)
-
     def _checkpoint(self, step: int) -> None:
         """Write a checkpoint, which has its name only when it is whole, and remove those beyond the limit."""
         accelerator, output = self.accelerator, self.settings.output
@@ -290,11 +285,12 @@ class LoraTraining:
     def _save_only_lora(self, models: list[Any], weights: list[Any], folder: str) -> None:
         weights.clear()
         if self.accelerator.is_main_process:
-            self.save_lora(Path(folder))
+            self.pipe.save_lora_weights(folder)
 
     def _load_only_lora(self, models: list[Any], folder: str) -> None:
         models.clear()
-        found = set_peft_model_state_dict(self.pipe.unet, load_file(Path(folder, WEIGHTS)))
+        saved = load_file(Path(folder, WEIGHTS)).items()
+        found = set_peft_model_state_dict(self.pipe.unet, {key.removeprefix("unet."): value for key, value in saved})
         if found.unexpected_keys:
             raise ValueError(f"`resume` is {folder!r}, whose {WEIGHTS} has unknown keys: {found.unexpected_keys[:3]}.")
 
