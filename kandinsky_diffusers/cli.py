@@ -192,7 +192,7 @@ def _show_files(reports: list[FileReport], place: Path) -> None:
     from rich.table import Table
 
     table = Table("file, SHA-256", "version", "part", "dtype", "parameters", "bytes")
-    table.columns[0].overflow = "fold"
+    table.columns[0].overflow = table.columns[2].overflow = "fold"
     for report in reports:
         dtypes = ", ".join(sorted(report.dtypes, key=lambda name: -report.dtypes[name]))
         kind = (report.version or "?", report.part or report.problem or "?", dtypes)

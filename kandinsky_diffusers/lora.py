@@ -45,7 +45,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
         weight_name: str | None = None,
         subfolder: str | None = None,
         use_safetensors: bool | None = None,
-        low_cpu_mem_usage: bool = False,
+        low_cpu_mem_usage: bool = True,
         **hub_options: Any,
     ) -> None:
         """Load a LoRA and make it the active one.
@@ -61,7 +61,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
             weight_name: the file in the folder or repository; None for the usual names.
             subfolder: where the file lies in it.
             use_safetensors: True for safetensors files only, False for pickled ones only.
-            low_cpu_mem_usage: do not initialise the layers before the weights are put in.
+            low_cpu_mem_usage: do not draw random numbers for the layers before the weights are put in.
             hub_options: as for [`huggingface_hub.snapshot_download`]: `revision`, `token`, `cache_dir` ....
 
         Raises:
@@ -83,7 +83,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
             for name, (tensors, _) in parts.items():
                 _remember_trainable(models[name])
                 models[name].load_lora_adapter(
-                    {key: tensor for key, tensor in tensors.items() if not key.endswith(f".{ALPHA}")},
+                    {key: tensor.clone() for key, tensor in tensors.items() if not key.endswith(f".{ALPHA}")},
                     prefix=None,
                     adapter_name=adapter_name,
                     metadata=configs[name],
@@ -150,6 +150,19 @@ class KandinskyLoraMixin(LoraBaseMixin):
             **options,
         )
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does.
+
+        Raises:
+            ValueError: adapters are loaded; their layers would be saved as parts of models that nothing can load.
+        """
+        if loaded := self.get_list_adapters():
+            raise ValueError(
+                f"The adapters {loaded} are loaded, with which a model cannot be saved. Call `fuse_lora()` and"
+                " `unload_lora_weights()` to save them as part of it; `save_lora_weights()` saves them alone."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def set_adapters(
         self,
         adapter_names: str | Sequence[str],
@@ -201,17 +214,14 @@ class KandinskyLoraMixin(LoraBaseMixin):
             ValueError: a component or adapter is unknown, or a result is not finite.
         """
         self._check_loaded(adapter_names or ())
-        with self._open_layers():
-            for layer in self._layers_of(components):
-                kept = vars(layer).setdefault(_SCALING_BEFORE_FUSING, {})
-                names = adapter_names or layer.active_adapters
-                names = [name for name in names if name in layer.scaling and name not in layer.merged_adapters]
-                for name in names:
-                    kept[name] = layer.scaling[name]
-                    layer.scaling[name] *= lora_scale
-                if names:
-                    layer.merge(safe_merge=safe_fusing, adapter_names=names)
-                self._merged_adapters = self._merged_adapters | set(names)
+        try:
+            with self._open_layers():
+                for layer in self._layers_of(components):
+                    _fuse(layer, adapter_names or layer.active_adapters, lora_scale, safe_fusing)
+        except ValueError:
+            self.unfuse_lora(components)
+            raise
+        self._merged_adapters = self._merged_adapters | self._fused_now()
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Take fused adapters out of the weights again; they act beside them, as before.
@@ -224,9 +234,10 @@ class KandinskyLoraMixin(LoraBaseMixin):
         """
         with self._open_layers():
             for layer in self._layers_of(components):
-                layer.unmerge()
+                if layer.merged:
+                    layer.unmerge()
                 layer.scaling.update(vars(layer).pop(_SCALING_BEFORE_FUSING, {}))
-        self._merged_adapters = {name for layer in self._layers_of(None) for name in layer.merged_adapters}
+        self._merged_adapters = self._fused_now()
 
     def unload_lora_weights(self) -> None:
         """Take all adapters off; the models are as they were before, but for what was fused."""
@@ -268,13 +279,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
 
     def get_active_adapters(self) -> list[str]:
         """The adapters that act on one of the models."""
-        active = (
-            name
-            for model in self._lora_models().values()
-            for layer in _lora_layers(model)
-            for name in layer.active_adapters
-        )
-        return list(dict.fromkeys(active))
+        return list(dict.fromkeys(name for layer in self._layers_of(None) for name in layer.active_adapters))
 
     def _lora_models(self) -> dict[str, Any]:
         """The models that take LoRA, also those behind `torch.compile(model)`, by component."""
@@ -297,23 +302,22 @@ class KandinskyLoraMixin(LoraBaseMixin):
         name = adapter_name or loaded[0]
         self._check_loaded([name])
         models = {prefix_of(key): model for key, model in self._lora_models().items() if name in _adapters(model)}
-        layers = {key: get_peft_model_state_dict(model, adapter_name=name) for key, model in models.items()}
+        with self._open_layers():
+            layers = {key: get_peft_model_state_dict(model, adapter_name=name) for key, model in models.items()}
         return layers, {key: model.peft_config[name].to_dict() for key, model in models.items()}
 
     def _checked_name(self, name: str | None, components: Sequence[str], hotswap: bool) -> str:
+        self._check_not_fused()
         loaded = self.get_list_adapters()
         known = {name for names in loaded.values() for name in names}
-        if name is None and not hotswap:
-            return next(free for number in range(len(known) + 1) if (free := f"default_{number}") not in known)
         if hotswap and not all(name in loaded.get(component, ()) for component in components):
-            raise ValueError(
-                f"`adapter_name` is {name!r}; accepted with `hotswap=True` is a loaded one: {sorted(known)}."
-            )
-        if name is None or "." in name or not name:
+            raise ValueError(f"`adapter_name` is {name!r}; with `hotswap=True` accepted is one of {sorted(known)}.")
+        if name is None:
+            return next(free for number in range(len(known) + 1) if (free := f"default_{number}") not in known)
+        if not name or "." in name:
             raise ValueError(f"`adapter_name` is {name!r}; accepted is a name without dots.")
         if name in known and not hotswap:
             raise ValueError(f"`adapter_name` {name!r} is taken; loaded are {sorted(known)}.")
-        self._check_not_fused()
         return name
 
     def _check_loaded(self, names: Sequence[str]) -> None:
@@ -321,8 +325,11 @@ class KandinskyLoraMixin(LoraBaseMixin):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"`adapter_names` has {unknown[0]!r}; loaded are {sorted(known)}.")
 
+    def _fused_now(self) -> set[str]:
+        return {name for layer in self._layers_of(None) for name in layer.merged_adapters}
+
     def _check_not_fused(self) -> None:
-        if fused := sorted({name for layer in self._layers_of(None) for name in layer.merged_adapters}):
+        if fused := sorted(self._fused_now()):
             raise ValueError(
                 f"{', '.join(fused)} is fused into the weights, beside which no other adapter acts. Call"
                 " `unfuse_lora()` before, or `unload_lora_weights()`, which leaves it in the weights."
@@ -338,8 +345,8 @@ class KandinskyLoraMixin(LoraBaseMixin):
         for name, model in models.items():
             if _is_offloaded_to_disk(model):
                 raise ValueError(
-                    f"`{name}` is offloaded to disk layer by layer, where changed layers would not be written. Load"
-                    " and fuse LoRAs first, and then call `enable_group_offload(offload_to_disk_path=...)`."
+                    f"`{name}` is offloaded to disk layer by layer, where layers cannot be changed or saved. Do so"
+                    " first, and then call `enable_group_offload(offload_to_disk_path=...)`."
                 )
         sequential = any(_is_offloaded_by_layer(model) for model in models.values())
         device = getattr(self, "_offload_device", None)
@@ -370,6 +377,17 @@ def _lora_layers(model: torch.nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _fuse(layer: Any, names: Sequence[str], scale: float, safe: bool) -> None:
+    """Fuse those adapters that the layer has; what they are scaled by is kept, to be given back with the weights."""
+    names = [name for name in names if name in layer.scaling and name not in layer.merged_adapters]
+    kept = vars(layer).setdefault(_SCALING_BEFORE_FUSING, {})
+    for name in names:
+        kept[name] = layer.scaling[name]
+        layer.scaling[name] *= scale
+    if names:
+        layer.merge(safe_merge=safe, adapter_names=names)
 
 
 def _adapters(model: Any) -> list[str]:

@@ -57,7 +57,7 @@ class LoraFormat:
     """A way to name the tensors of a LoRA.
 
     Args:
-        name: for messages.
+        name: for messages, and in the README.
         rules: from the keys of a file, without `unet.` or `prior.`, to peft's names.
     """
 
@@ -71,10 +71,13 @@ def formats() -> tuple[LoraFormat, ...]:
     from .k3.lora import lora_rules  # the pipelines of k3 are built on this module
 
     return (
-        LoraFormat("the fork kandinsky3_diffusers", lora_rules),
-        LoraFormat("attention processors of diffusers up to 0.20", lambda keys: PROCESSORS),
+        # what ai-forever/kandinsky3-diffusers trains
+        LoraFormat("fork", lora_rules),
+        # of diffusers up to 0.20, and of its training scripts for 2.2 later
+        LoraFormat("attention processors", lambda keys: PROCESSORS),
         LoraFormat("peft", lambda keys: PEFT),
-        LoraFormat("diffusers 0.21 to 0.24", lambda keys: LINEAR_LAYERS),
+        # of diffusers up to 0.24, before it was built on peft
+        LoraFormat("old diffusers", lambda keys: LINEAR_LAYERS),
         LoraFormat("diffusers", lambda keys: DIFFUSERS),
     )
 
@@ -233,7 +236,7 @@ def identify_lora(keys: Iterable[str]) -> tuple[str, str] | None:
     table = found.rules(plain)
     model = model_of(layer_of(target) for name in plain if (target := table.target_of(name)))
     versions, parts = zip(*model, strict=True) if model else (("?",), ("unknown model",))
-    return " and ".join(dict.fromkeys(versions)), f"LoRA of the {' and the '.join(parts)}, format: {found.name}"
+    return " and ".join(dict.fromkeys(versions)), f"LoRA of the {' and the '.join(parts)} ({found.name})"
 
 
 def layer_of(name: str) -> str:

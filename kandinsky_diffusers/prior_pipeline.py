@@ -26,6 +26,7 @@ from .inputs import (
     as_weights,
     check_at_least,
     check_at_most,
+    check_beautifier,
     check_choice,
     check_counts,
     check_generators,
@@ -212,6 +213,7 @@ class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipelin
         check_choice("output_type", arguments["output_type"], ("pt", "np", "latent"))
         for name in arguments["callback_on_step_end_tensor_inputs"]:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        check_beautifier(arguments["prompt_beautifier"], arguments["prompt"])
         prompts = as_prompts(arguments["prompt"])
         embeddings = len(prompts) * images_per_prompt
         check_generators(arguments["generator"], embeddings)
@@ -230,6 +232,7 @@ class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipelin
 
     def _embed(self, call: PriorCall, timesteps: torch.Tensor, latents: torch.Tensor) -> Embedded:
         """Embeddings of the texts of a call, denoised from `latents`."""
+        call = call.with_beautified_prompts()
         device = self._execution_device
         self._guidance_scale = call.scale
         guided, each = self.do_classifier_free_guidance, call["num_images_per_prompt"]

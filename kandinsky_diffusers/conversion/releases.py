@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .hub_source import find_pipelines
+from .hub_source import find_pipelines, read_json
 from .recipe import Release
 
 
@@ -20,8 +20,10 @@ CONVERTIBLE = {
     "2.1": "kandinsky_diffusers.k21.variants:RELEASE",
     "2.0": "kandinsky_diffusers.k20.variants:RELEASE",  # after 2.1, whose M-CLIP it would take for its own
     "2.2": "kandinsky_diffusers.k22.variants:RELEASE",
+    "3-ip-adapter": "kandinsky_diffusers.k3.ip_adapter_variants:RELEASE",  # before 3.1, whose UNet is in it
     "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
+    "3-controlnet": "kandinsky_diffusers.k3.variants:RELEASE_CONTROLNET",
     "3-lora": "kandinsky_diffusers.k3.lora:RELEASE_LORA",
 }
 
@@ -37,11 +39,15 @@ PUBLISHED_FILES = {
         "flan_ul2_encoder",
     ),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
+    "3-controlnet": ("unet_controlnet", "ControlNetHED.pth"),
     "3-lora": ("pytorch_model.bin",),
 }
 
 # releases that were published as repositories in the Hub's format, by how the names of their pipelines begin
 PUBLISHED_PIPELINES = {"2.2": "KandinskyV22"}
+
+# releases that are models in folders without an index: a folder, and the class that its configuration names
+PUBLISHED_MODELS = {"3-ip-adapter": ("unet", "UNetKandi3IpAdapter")}
 
 
 # what belongs to no release, such as a LoRA: functions from the keys of a file to version and part, or None
@@ -77,7 +83,7 @@ def _named(path: str) -> Any:
 
 
 def guess_version(folder: Path) -> str | None:
-    """The version whose published files the folder holds most of, else whose repositories it holds, or None.
+    """The version whose published files the folder holds most of, else whose repositories or models, or None.
 
     Of two versions with as many files there, it is the older one.
     """
@@ -87,9 +93,17 @@ def guess_version(folder: Path) -> str | None:
         for version, names in PUBLISHED_FILES.items()
     }
     best = max(found, key=lambda version: found[version])
-    return best if found[best] else _guess_from_pipelines(find_pipelines(folder).values())
+    return (
+        best if found[best] else _guess_from_pipelines(find_pipelines(folder).values()) or _guess_from_models(folder)
+    )
 
 
 def _guess_from_pipelines(names: Iterable[str]) -> str | None:
     found = (version for name in names for version, start in PUBLISHED_PIPELINES.items() if name.startswith(start))
+    return next(found, None)
+
+
+def _guess_from_models(folder: Path) -> str | None:
+    configs = {version: (folder / place / "config.json", name) for version, (place, name) in PUBLISHED_MODELS.items()}
+    found = (v for v, (path, name) in configs.items() if path.is_file() and read_json(path).get("_class_name") == name)
     return next(found, None)

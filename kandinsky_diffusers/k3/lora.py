@@ -1,4 +1,4 @@
-"""LoRAs of ai-forever/kandinsky3-diffusers (the fork): rules for their keys, and the conversion to diffusers' format."""
+"""LoRAs of ai-forever/kandinsky3-diffusers (the fork): rules for their keys, and conversion to diffusers' format."""
 
 from __future__ import annotations
 
