@@ -340,12 +340,11 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(settings_22: Callab
     whole = settings_22(**usual)
     losses = train_22(whole)
     weights = load_file(whole.output / "pytorch_lora_weights.safetensors")
-    for later in ("checkpoint-4", "checkpoint-6"):
-        shutil.rmtree(whole.output / later)
+    shutil.rmtree(whole.output / "checkpoint-6")
 
     resumed = train_22(settings_22(**usual, resume="latest"))
 
-    assert resumed == losses[2:]
+    assert resumed == losses[4:]
     again = load_file(whole.output / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(again[key], weights[key]) for key in weights)
 
