@@ -65,6 +65,7 @@ COMPONENTS: tuple[type, ...] = (
     k20.KandinskyV20UNet,
     k3.Kandinsky3ControlNetModel,
     k3.Kandinsky3UNet,
+    k3.KandinskyHEDDetector,
     movq.MoVQ,
     prior.CachedPriorTransformer,
     schedulers.Kandinsky3AncestralScheduler,

@@ -8,6 +8,7 @@ which the components say. Stock has the UNet and two pipelines, without null emb
 from __future__ import annotations
 
 from .controlnet import Kandinsky3ControlNetModel
+from .hed import KandinskyHEDDetector
 from .pipeline import Kandinsky3Pipeline
 from .pipeline_controlnet import (
     Kandinsky3ControlNetImg2ImgPipeline,
@@ -29,5 +30,6 @@ __all__ = [
     "Kandinsky3InpaintPipeline",
     "Kandinsky3Pipeline",
     "Kandinsky3UNet",
+    "KandinskyHEDDetector",
     "Region",
 ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
-from transformers import T5EncoderModel, T5Tokenizer
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, T5EncoderModel, T5Tokenizer
 
 from .. import sampling
 from ..decoding import Call, Conditions
@@ -66,6 +66,8 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
         scheduler: likewise.
         movq: likewise.
         controlnet: sees the control image, and adds to what the UNet has computed on its way down.
+        image_encoder: see [`Kandinsky3Pipeline`].
+        feature_extractor: likewise.
 
     Raises:
         TypeError: `controlnet` is something else.
@@ -82,12 +84,14 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
         scheduler: Scheduler,
         movq: VQModel | MoVQ,
         controlnet: Kandinsky3ControlNetModel,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
     ):
         if not isinstance(getattr(controlnet, "_orig_mod", controlnet), Kandinsky3ControlNetModel):
             raise TypeError(
                 f"`controlnet` is a {type(controlnet).__name__}; accepted is one Kandinsky3ControlNetModel."
             )
-        super().__init__(tokenizer, text_encoder, unet, scheduler, movq)
+        super().__init__(tokenizer, text_encoder, unet, scheduler, movq, image_encoder, feature_extractor)
         self.register_modules(controlnet=controlnet)
 
     def _default_size(self, arguments: Mapping[str, Any]) -> tuple[int, int]:

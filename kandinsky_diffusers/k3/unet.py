@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -13,9 +14,10 @@ from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNetOutput
 from ..attention import use_dispatched_attention
 from ..components import SavedAsStock
 from .denoiser import DenoiserMixin, additive_mask
+from .ip_adapter_unet import IPAdapterUNetMixin
 
 
-class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
+class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
     """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
 
     The original projects the text outside of the UNet, and zeroes what is padding afterwards. So the context is made
@@ -25,7 +27,7 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
         for t in scheduler.timesteps:
             prediction = unet(latents, t, context, mask, projected=True).sample
 
-    It can be given LoRA adapters, checkpoints gradients, and its attention runs on the chosen backend.
+    It can be given LoRA adapters and IP-Adapters, checkpoints gradients, and its attention runs on the chosen backend.
 
     Args:
         in_channels: 4 for pictures; 9 for inpainting: noisy latents, mask (1 keeps), latents of the masked picture.
@@ -68,12 +70,15 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
         if out_channels not in (None, in_channels):
             self.conv_out = torch.nn.Conv2d(block_out_channels[0] // 2, out_channels, kernel_size=3, padding=1)
         self.null_embedding = torch.nn.Parameter(torch.zeros(cross_attention_dim)) if has_null_embedding else None
+        self.image_proj = None
         use_dispatched_attention(self)
 
     def _on_shared_state(self) -> None:
         # what a stock object cannot have, and its configuration need not know
         self.register_to_config(out_channels=None, has_null_embedding=False)
         self.null_embedding = None
+        if not hasattr(self, "image_proj"):  # another view may have loaded IP-Adapters
+            self.image_proj = None
         use_dispatched_attention(self)
 
     @property
@@ -92,6 +97,7 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
         project: bool = False,
         projected: bool = False,
         context_lengths: torch.Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
         regional_hidden_states: torch.Tensor | None = None,
         regional_attention_mask: torch.Tensor | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
@@ -113,6 +119,8 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
             context_lengths: `[batch]` ints; the query that pools the text is the mean of so many first rows of each
                 sample's context (the original's context has one row more than the text has tokens). None for all
                 rows, as stock has it.
+            added_cond_kwargs: with IP-Adapters, `{"image_embeds": [...]}`, one tensor `[batch, width of embeddings]`
+                for each.
             regional_hidden_states: `[batch, regional tokens, ...]`, of prompts for parts of the picture, like
                 `encoder_hidden_states`. They are not pooled; in the cross-attentions they follow the others, and the
                 processors know which token is for which part ([`k3.regions.RegionalAttention`]).
@@ -142,6 +150,7 @@ class Kandinsky3UNet(DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandins
             context = torch.cat([context, regional], dim=1)
             mask = _joined(encoder_attention_mask, regional_attention_mask)
             mask = additive_mask(mask, sample.dtype, as_original=projected)
+        context = self._with_image_tokens(context, added_cond_kwargs)
         sample = self._transform(sample, time_embed, context, mask, down_block_additional_residuals)
         return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
 

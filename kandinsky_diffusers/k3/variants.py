@@ -16,6 +16,7 @@ from ..conversion.hub_source import published_config, weight_paths
 from ..conversion.matching import Shapes
 from ..conversion.recipe import ConfigComponent, FilesComponent, ModelComponent, Part, Release, Repo, SourceFile
 from . import weights
+from .hed_weights import HED_FILE, HED_REPO
 
 
 INPAINTING = {"dynamic_thresholding_ratio": 0.95, "default_guidance_scale": 4.0}
@@ -232,7 +233,7 @@ def _run_controlnet(controlnet: Any) -> list[Any]:
 RELEASE_CONTROLNET = Release(
     "3-controlnet",
     "the ControlNet of Kandinsky 3",
-    files=(SourceFile("controlnet", weight_paths(CONTROLNET_FOLDER, "diffusers"), weights.is_controlnet),),
+    files=(SourceFile("controlnet", weight_paths(CONTROLNET_FOLDER, "diffusers"), weights.is_controlnet), HED_FILE),
     repos=(
         Repo(
             "kandinsky-3-controlnet-hed",
@@ -251,6 +252,7 @@ RELEASE_CONTROLNET = Release(
             smoke=_run_controlnet,
             load=_load_controlnet,
         ),
+        HED_REPO,
     ),
     left_out={"unet": "it is the UNet of Kandinsky 3.1; convert that release for it"},
 )

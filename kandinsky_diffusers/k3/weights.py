@@ -112,8 +112,13 @@ def unet_rules(config: Config) -> RuleTable:
             rename("out_layer.2.{p}", "conv_out.{p}"),
             rename(NULL_EMBEDDING, NULL_EMBEDDING, Flatten(), optional=True),
         ),
-        paths=_block_paths(config, {"down_samples": "down_blocks", "up_samples": "up_blocks"}),
+        paths=unet_paths(config),
     )
+
+
+def unet_paths(config: Config) -> dict[str, dict[str, str]]:
+    """Modules of the UNet by kind, `resnet`, `attention` and `to`: their paths in the original and in diffusers."""
+    return _block_paths(config, {"down_samples": "down_blocks", "up_samples": "up_blocks"})
 
 
 def _block_rules(shortcuts: tuple[str, ...]) -> tuple[Rule, ...]:
