@@ -136,9 +136,10 @@ def test_one_made_from_a_unet_has_its_weights_and_no_effect_before_training(of_u
     base = unet(**of_unet)
     model: Any = Kandinsky3ControlNetModel.from_unet(base)
     assert model.config.block_out_channels == base.config.block_out_channels[:-1]
+    of_base = base.state_dict()
     for key, tensor in model.state_dict().items():
         if not key.startswith("controlnet_"):
-            expected = base.state_dict()[key]
+            expected = of_base[key]
             assert torch.equal(tensor, expected[:, :4] if key == "conv_in.weight" else expected)
     assert not any(residual.any() for residual in residuals(model, **inputs()))
 
@@ -183,7 +184,7 @@ def test_its_attention_runs_on_the_chosen_backend() -> None:
 
 
 def test_a_compiled_model_gives_the_same() -> None:
-    model, arguments = controlnet(layers_per_block=2), {**inputs(), "conditioning_scale": torch.ones(1, 1, 64, 96)}
+    model, arguments = controlnet(layers_per_block=1), {**inputs(), "conditioning_scale": torch.ones(1, 1, 64, 96)}
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for first, second in zip(residuals(compiled, **arguments), residuals(model, **arguments), strict=True):
         assert_close(first, second, 1e-5)
