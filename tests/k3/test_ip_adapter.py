@@ -64,7 +64,7 @@ def other(ip_adapter: Path) -> dict[str, torch.Tensor]:
     return {key: tensor[:rows].clone() if key in first else tensor for key, tensor in noisy.items()}
 
 
-def draw(pipe: Any, prompt: Any = "a fox", seeds: tuple[int, ...] = (0,), **given: Any) -> torch.Tensor:
+def draw(pipe: Any, prompt: Any = "a fox", seeds: Any = (0,), **given: Any) -> torch.Tensor:
     return pipe(prompt, generator=seeded(*seeds), **{**QUICK, **given}).images
 
 
