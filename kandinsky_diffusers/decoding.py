@@ -65,7 +65,7 @@ class Call:
         embeds: image embeddings as given, for the decoders of 2.1 and 2.2.
         text: prompts and negative prompts, for the pipelines that take any.
         source: pixels, or what is known of them, where a picture is given.
-        hint: a depth map `[1 or prompts or pictures, 3, height, width]`, for the UNets that take one.
+        hint: a depth map or control image `[1 or prompts or pictures, 3, height, width]`, where one is taken.
         image_prompts: what IP-Adapters are shown, where any are loaded.
         regions: prompts for parts of the picture, for the pipelines that take any.
     """

@@ -22,6 +22,7 @@ CONVERTIBLE = {
     "3-ip-adapter": "kandinsky_diffusers.k3.ip_adapter_variants:RELEASE",  # before 3.1, whose UNet is in it
     "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
+    "3-controlnet": "kandinsky_diffusers.k3.variants:RELEASE_CONTROLNET",
 }
 
 PUBLISHED_FILES = {
@@ -36,6 +37,7 @@ PUBLISHED_FILES = {
         "flan_ul2_encoder",
     ),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
+    "3-controlnet": ("unet_controlnet",),
 }
 
 # releases that were published as repositories in the Hub's format, by how the names of their pipelines begin
