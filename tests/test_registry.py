@@ -32,6 +32,9 @@ NEW = {
     "KandinskyV20Pipeline",
     "KandinskyV22ControlnetCombinedPipeline",
     "KandinskyV22ControlnetImg2ImgCombinedPipeline",
+    "Kandinsky3ControlNetImg2ImgPipeline",
+    "Kandinsky3ControlNetInpaintPipeline",
+    "Kandinsky3ControlNetPipeline",
     "Kandinsky3InpaintPipeline",
 }
 PIPELINES = [cls for family in registry.FAMILIES.values() for entry in family.values() for cls in entry if cls]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from .errors import ConversionError
 from .hub_source import find_pipelines, read_json
@@ -22,6 +23,8 @@ CONVERTIBLE = {
     "3-ip-adapter": "kandinsky_diffusers.k3.ip_adapter_variants:RELEASE",  # before 3.1, whose UNet is in it
     "3.1": "kandinsky_diffusers.k3.variants:RELEASE_31",  # before 3.0, which takes its UNets for its own
     "3.0": "kandinsky_diffusers.k3.variants:RELEASE_30",
+    "3-controlnet": "kandinsky_diffusers.k3.variants:RELEASE_CONTROLNET",
+    "3-lora": "kandinsky_diffusers.k3.lora:RELEASE_LORA",
 }
 
 PUBLISHED_FILES = {
@@ -36,6 +39,8 @@ PUBLISHED_FILES = {
         "flan_ul2_encoder",
     ),
     "superres": ("KandiSuperRes.ckpt", "KandiSuperRes_x2.ckpt", "KandiSuperRes_flash_x2.pt"),
+    "3-controlnet": ("unet_controlnet", "ControlNetHED.pth"),
+    "3-lora": ("pytorch_model.bin",),
 }
 
 # releases that were published as repositories in the Hub's format, by how the names of their pipelines begin
@@ -43,6 +48,10 @@ PUBLISHED_PIPELINES = {"2.2": "KandinskyV22"}
 
 # releases that are models in folders without an index: a folder, and the class that its configuration names
 PUBLISHED_MODELS = {"3-ip-adapter": ("unet", "UNetKandi3IpAdapter")}
+
+
+# what belongs to no release, such as a LoRA: functions from the keys of a file to version and part, or None
+OTHER_KINDS = ("kandinsky_diffusers.lora_files:identify_lora",)
 
 
 def release(version: str) -> Release:
@@ -54,13 +63,23 @@ def release(version: str) -> Release:
     if version not in CONVERTIBLE:
         known = ", ".join(CONVERTIBLE)
         raise ConversionError(f"version is {version!r}; accepted are auto, {known}.")
-    module, _, name = CONVERTIBLE[version].partition(":")
-    return getattr(import_module(module), name)
+    return _named(CONVERTIBLE[version])
 
 
 def releases() -> Iterable[Release]:
     """All releases that can be converted."""
     return (release(version) for version in CONVERTIBLE)
+
+
+def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Version and part of a file with these keys, if it is one of the kinds that belong to no release."""
+    names = list(keys)
+    return next((found for kind in OTHER_KINDS if (found := _named(kind)(names))), None)
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 def guess_version(folder: Path) -> str | None:

@@ -310,9 +310,9 @@ class Kandinsky3Pipeline(
             "encoder_attention_mask": conditions["context_mask"],
             "projected": self._has_null_embedding,
             "context_lengths": conditions.get("context_lengths"),
+            "added_cond_kwargs": self._added_conditions(conditions, len(sample)),
             "regional_hidden_states": conditions.get("regional_context"),
             "regional_attention_mask": conditions.get("regional_context_mask"),
-            "added_cond_kwargs": self._added_conditions(conditions, len(sample)),
         }
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

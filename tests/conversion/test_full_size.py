@@ -136,3 +136,11 @@ def test_a_head_that_does_not_fit_a_unet_of_kandinsky_3_is_refused_with_a_hint()
     config = {"weights/kandinsky3.pt": {"head_dim": 80}}
     with pytest.raises(ConversionError, match="original-config"):
         plan(shapes_of("k3_unet.json.gz"), original_config=config)
+
+
+def test_the_controlnet_of_kandinsky_3_has_the_published_sizes():
+    (model,) = plan(shapes_of("k3_controlnet.json.gz"))
+    assert model.component.class_name == "Kandinsky3ControlNetModel"
+    assert model.config["block_out_channels"] == [384, 768, 1536]
+    assert model.config["conditioning_embedding_out_channels"] == [16, 32, 96, 256]
+    assert model.plan.target_shapes.keys() == model.model.state_dict().keys()
