@@ -12,18 +12,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.release import build_release
 from tests.support.stock import StockProcess
 
+
+Built = Callable[[str, Callable[[Path], Any]], Path]
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -61,31 +64,45 @@ def stock() -> Iterator[StockProcess]:
 
 
 @pytest.fixture(scope="session")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """`built(name, build)`: the folder that `build(folder)` has filled, once for all workers of a run. Read only."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if hasattr(request.config, "workerinput") else root) / "built"
+    root.mkdir(exist_ok=True)
+
+    def once(name: str, build: Callable[[Path], Any]) -> Path:
+        done = root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                build(root / name)
+                done.touch()
+        return root / name
+
+    return once
+
+
+@pytest.fixture(scope="session")
 def goldens_21() -> GoldenFamily:
     """The family `kandinsky-2.1` of the golden set in use."""
     return golden_family("kandinsky-2.1")
 
 
 @pytest.fixture(scope="session")
-def release_21(goldens_21: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_21(goldens_21: GoldenFamily, built: Built) -> Path:
     """A tiny Kandinsky 2.1 release with the published file names, and CLIP in its folder ``clip``. Read only."""
-    return build_release(goldens_21.path, tmp_path_factory.mktemp("release") / "kandinsky-2.1")
+    return built("kandinsky-2.1", lambda folder: build_release(goldens_21.path, folder))
 
 
 @pytest.fixture(scope="session")
-def converted_21(goldens_21: GoldenFamily, release_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_21(goldens_21: GoldenFamily, release_21: Path, built: Built) -> Path:
     """The folder with the converted repositories of `release_21`. Read only: copy what a test changes."""
-    from kandinsky_diffusers.conversion import convert
-
-    output = tmp_path_factory.mktemp("repos")
-    convert(
+    return converted(
+        built,
         release_21,
-        output,
         version="2.1",
         clip=release_21 / "clip",
         original_config=goldens_21.path / "hyperparameters.json",
     )
-    return output
 
 
 @pytest.fixture(scope="session")
@@ -95,19 +112,15 @@ def goldens_20() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_20(goldens_20: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_20(goldens_20: GoldenFamily, built: Built) -> Path:
     """A tiny Kandinsky 2.0 release, and its VAE once more in ``variants``. Read only."""
-    return build_release(goldens_20.path, tmp_path_factory.mktemp("release") / "kandinsky-2.0")
+    return built("kandinsky-2.0", lambda folder: build_release(goldens_20.path, folder))
 
 
 @pytest.fixture(scope="session")
-def converted_20(goldens_20: GoldenFamily, release_20: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_20(goldens_20: GoldenFamily, release_20: Path, built: Built) -> Path:
     """The folder with the converted repositories of `release_20`. Read only."""
-    from kandinsky_diffusers.conversion import convert
-
-    output = tmp_path_factory.mktemp("repos")
-    convert(release_20, output, version="2.0", original_config=goldens_20.path / "hyperparameters.json")
-    return output
+    return converted(built, release_20, version="2.0", original_config=goldens_20.path / "hyperparameters.json")
 
 
 @pytest.fixture(scope="session")
@@ -123,52 +136,28 @@ def goldens_31() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_30(goldens_30: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_30(goldens_30: GoldenFamily, built: Built) -> Path:
     """A tiny Kandinsky 3.0 release, and a whole T5 in its folder ``flan-ul2``. Read only."""
-    return build_release(goldens_30.path, tmp_path_factory.mktemp("release") / "kandinsky-3.0")
+    return built("kandinsky-3.0", lambda folder: build_release(goldens_30.path, folder))
 
 
 @pytest.fixture(scope="session")
-def release_31(goldens_31: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_31(goldens_31: GoldenFamily, built: Built) -> Path:
     """A tiny Kandinsky 3.1 release. Read only."""
-    return build_release(goldens_31.path, tmp_path_factory.mktemp("release") / "kandinsky-3.1")
+    return built("kandinsky-3.1", lambda folder: build_release(goldens_31.path, folder))
 
 
 @pytest.fixture(scope="session")
-def release_ip_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny IP-Adapter of 3.1 in the original's layout. Read only."""
-    goldens = golden_family("kandinsky-3-ip-adapter")
-    return build_release(goldens.path, tmp_path_factory.mktemp("release") / "ip-adapter")
-
-
-@pytest.fixture(scope="session")
-def ip_adapter(release_ip_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted repository of `release_ip_adapter`, a folder for `load_ip_adapter`. Read only."""
-    from kandinsky_diffusers.conversion import convert
-
-    (repo,) = convert(release_ip_adapter, tmp_path_factory.mktemp("repos")).repos
-    return repo
-
-
-@pytest.fixture(scope="session")
-def converted_30(goldens_30: GoldenFamily, release_30: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_30(goldens_30: GoldenFamily, release_30: Path, built: Built) -> Path:
     """The folder with the converted repositories of `release_30`. Read only."""
-    from kandinsky_diffusers.conversion import convert
-
-    output = tmp_path_factory.mktemp("repos")
     config = goldens_30.path / "hyperparameters.json"
-    convert(release_30, output, version="3.0", text_encoder=release_30 / "flan-ul2", original_config=config)
-    return output
+    return converted(built, release_30, version="3.0", text_encoder=release_30 / "flan-ul2", original_config=config)
 
 
 @pytest.fixture(scope="session")
-def converted_31(goldens_31: GoldenFamily, release_31: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_31(goldens_31: GoldenFamily, release_31: Path, built: Built) -> Path:
     """The folder with the converted repositories of `release_31`. Read only."""
-    from kandinsky_diffusers.conversion import convert
-
-    output = tmp_path_factory.mktemp("repos")
-    convert(release_31, output, version="3.1", original_config=goldens_31.path / "hyperparameters.json")
-    return output
+    return converted(built, release_31, version="3.1", original_config=goldens_31.path / "hyperparameters.json")
 
 
 @pytest.fixture(scope="session")
@@ -178,19 +167,28 @@ def goldens_controlnet() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_controlnet(goldens_controlnet: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_controlnet(goldens_controlnet: GoldenFamily, built: Built) -> Path:
     """A tiny ControlNet for the tiny Kandinsky 3.1, with that one's UNet beside it. Read only."""
-    return build_release(goldens_controlnet.path, tmp_path_factory.mktemp("release") / "kandinsky-3-controlnet")
+    return built("kandinsky-3-controlnet", lambda folder: build_release(goldens_controlnet.path, folder))
 
 
 @pytest.fixture(scope="session")
-def converted_controlnet(release_controlnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_controlnet(release_controlnet: Path, built: Built) -> Path:
     """The folder of the converted `release_controlnet`. Read only."""
-    from kandinsky_diffusers.conversion import convert
+    return converted(built, release_controlnet, version="3-controlnet") / "kandinsky-3-controlnet-hed"
 
-    output = tmp_path_factory.mktemp("repos")
-    convert(release_controlnet, output, version="3-controlnet")
-    return output / "kandinsky-3-controlnet-hed"
+
+@pytest.fixture(scope="session")
+def release_ip_adapter(built: Built) -> Path:
+    """A tiny IP-Adapter of 3.1 in the original's layout. Read only."""
+    goldens = golden_family("kandinsky-3-ip-adapter")
+    return built("kandinsky-3-ip-adapter", lambda folder: build_release(goldens.path, folder))
+
+
+@pytest.fixture(scope="session")
+def ip_adapter(release_ip_adapter: Path, built: Built) -> Path:
+    """The converted repository of `release_ip_adapter`, a folder for `load_ip_adapter`. Read only."""
+    return converted(built, release_ip_adapter, version="3-ip-adapter") / "kandinsky-3-ip-adapter"
 
 
 @pytest.fixture(scope="session")
@@ -200,19 +198,15 @@ def goldens_lora() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_lora(goldens_lora: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_lora(goldens_lora: GoldenFamily, built: Built) -> Path:
     """A tiny LoRA as the fork's training saves it. Read only."""
-    return build_release(goldens_lora.path, tmp_path_factory.mktemp("release") / "kandinsky-3-lora")
+    return built("kandinsky-3-lora", lambda folder: build_release(goldens_lora.path, folder))
 
 
 @pytest.fixture(scope="session")
-def converted_lora(release_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_lora(release_lora: Path, built: Built) -> Path:
     """The folder with the converted repository of `release_lora`. Read only."""
-    from kandinsky_diffusers.conversion import convert
-
-    output = tmp_path_factory.mktemp("repos")
-    convert(release_lora, output, version="3-lora", verify=True)
-    return output
+    return converted(built, release_lora, version="3-lora", verify=True)
 
 
 @pytest.fixture(scope="session")
@@ -222,23 +216,22 @@ def goldens_superres() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_superres(goldens_superres: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release_superres(goldens_superres: GoldenFamily, built: Built) -> Path:
     """A tiny KandiSuperRes release. Read only."""
-    return build_release(goldens_superres.path, tmp_path_factory.mktemp("release") / "kandisuperres")
+    return built("kandisuperres", lambda folder: build_release(goldens_superres.path, folder))
 
 
 @pytest.fixture(scope="session")
 def converted_superres(
-    goldens_superres: GoldenFamily,
-    goldens_31: GoldenFamily,
-    release_superres: Path,
-    release_31: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    goldens_superres: GoldenFamily, goldens_31: GoldenFamily, release_superres: Path, release_31: Path, built: Built
 ) -> Path:
     """The folder with the converted repositories of `release_superres`, refined by `release_31`. Read only."""
+    config = {**goldens_31.hyperparameters, **goldens_superres.hyperparameters}
+    return converted(built, release_superres, version="superres", refiner=release_31, original_config=config)
+
+
+def converted(built: Built, release: Path, *, version: str, **options: Any) -> Path:
+    """The folder with the converted repositories of a release."""
     from kandinsky_diffusers.conversion import convert
 
-    output = tmp_path_factory.mktemp("repos")
-    config = {**goldens_31.hyperparameters, **goldens_superres.hyperparameters}
-    convert(release_superres, output, version="superres", refiner=release_31, original_config=config)
-    return output
+    return built(f"repos-{version}", lambda folder: convert(release, folder, version=version, **options))

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Built
 from tests.support.tiny_repos import write_tiny_repos
 
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_repos(tmp_path_factory.mktemp("repos"))
+@pytest.fixture(scope="session")
+def repos(built: Built) -> Path:
+    return built("tiny-repos", write_tiny_repos)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
