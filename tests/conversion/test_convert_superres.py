@@ -120,7 +120,7 @@ def test_flash_is_written_without_a_refiner_and_it_is_said_so(
     """Without the context no refiner is looked for, which is on the Hub by default."""
     if missing == "context":
         (flash_alone / "weights" / "context.pt").unlink()
-    options = {"refiner": None} if missing == "refiner" else {}
+    options: dict[str, Any] = {"refiner": None} if missing == "refiner" else {}
     report = convert(flash_alone, tmp_path / "out", original_config=config, verify=True, **options)
     reason = report.skipped["refiner, refiner_scheduler, movq, context of kandisuperres-flash-x2"]
     assert (
