@@ -6,11 +6,13 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_UPSTREAM := $(VENV)/.installed-upstream
 DEMO_RELEASE := build/demo-release
 GOLDENS_21 := tests/data/goldens/kandinsky-2.1
+TINY_REPOS := build/tiny-repos
 
-.PHONY: help install demo test upstream-tests check format bench clean
+.PHONY: help install demo examples test upstream-tests check format bench clean
 
 help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
+	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
@@ -40,6 +42,13 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tests.support.release $(GOLDENS_21) $(DEMO_RELEASE)
 	HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/kandinsky-diffusers demo $(DEMO_RELEASE)
 
+examples: $(INSTALLED)
+	@rm -rf $(TINY_REPOS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.support.tiny_repos $(TINY_REPOS)
+	@for script in examples/*.py; do \
+		HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error \
+		$(BIN)/python $$script --repos $(TINY_REPOS) --output example_output --size 128 --steps 4 || exit 1; done
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -60,5 +69,5 @@ bench: $(INSTALLED)
 	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf build dist demo_output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo_output example_output *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

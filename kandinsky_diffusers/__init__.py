@@ -6,6 +6,7 @@ Importing registers; `unregister()` gives diffusers back as it was.
 from __future__ import annotations
 
 from . import k3, k20, k21, k22, superres
+from .beautify import PromptBeautifier
 from .k3 import *  # noqa: F403
 from .k20 import *  # noqa: F403
 from .k21 import *  # noqa: F403 (each family lists its public names)
@@ -37,6 +38,7 @@ __all__ = [
     "KandinskyPNDMScheduler",
     "KandinskyUnCLIPScheduler",
     "MoVQ",
+    "PromptBeautifier",
     "UnsupportedDiffusersError",
     "register",
     "register_pipeline",

@@ -6,6 +6,7 @@ the 2.x UNets and of the prior do not; those here do, and compute the same numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,6 +143,116 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
             attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
         output = _project_out(attn, _attend(self._attention_backend, query, key, value, attention_mask))
         return output.transpose(1, 2).reshape(residual.shape) + residual
+
+
+class ImageAttention(torch.nn.Module):
+    """What an IP-Adapter adds to a layer, whose queries attend to tokens of a picture by keys and values of their own.
+
+    Args:
+        token_dim: width of the tokens.
+        inner_dim: width of the layer's queries, all heads together.
+        out_dim: width of the layer's output.
+    """
+
+    def __init__(self, token_dim: int, inner_dim: int, out_dim: int):
+        super().__init__()
+        self.to_k_ip = torch.nn.Linear(token_dim, inner_dim)
+        self.to_v_ip = torch.nn.Linear(token_dim, inner_dim)
+        self.to_out_ip = torch.nn.Linear(inner_dim, out_dim)
+
+    def forward(
+        self, query: torch.Tensor, tokens: torch.Tensor, backend: AttentionBackendName | None = None
+    ) -> torch.Tensor:
+        """Attend: `[batch, positions, out_dim]`.
+
+        Args:
+            query: `[batch, positions, heads, width of a head]`.
+            tokens: `[batch, tokens, token_dim]`.
+            backend: None for the default.
+        """
+        heads = query.shape[2]
+        key, value = (to(tokens).unflatten(-1, (heads, -1)) for to in (self.to_k_ip, self.to_v_ip))
+        return self.to_out_ip(_attend(backend, query, key, value, None))
+
+
+class IPAdapterAttnProcessor(torch.nn.Module):
+    """Attention to a text as `text` does it, and to pictures besides: text + sum of scale * [`ImageAttention`].
+
+    The tokens of the pictures are the last ones of `encoder_hidden_states`; a mask is for the text's tokens only.
+    (`Kandi3AttnProcessorIpAdapter` in kandinsky3_diffusers/models/attention_processor.py of the original.)
+
+    Args:
+        text: the processor for the text; its attention backend is chosen together with that for pictures.
+        adapters: one [`ImageAttention`] for each adapter.
+        token_counts: how many tokens a picture has for each adapter.
+        scale: how much each adapter counts; one that does not count at all is not computed.
+    """
+
+    def __init__(
+        self, text: Any, adapters: Sequence[torch.nn.Module], token_counts: Sequence[int], scale: Sequence[float]
+    ):
+        super().__init__()
+        self.text = text
+        self.adapters = torch.nn.ModuleList(adapters)
+        self.token_counts = list(token_counts)
+        self.scale = list(scale)
+        self._backend: AttentionBackendName | None = getattr(text, "_attention_backend", None)
+
+    @property
+    def _attention_backend(self) -> AttentionBackendName | None:
+        return self._backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: AttentionBackendName | None) -> None:
+        self._backend = backend
+        if hasattr(self.text, "_attention_backend"):
+            self.text._attention_backend = backend
+
+    def with_text(self, text: Any) -> IPAdapterAttnProcessor:
+        """The same adapters beside another processor for the text."""
+        other = IPAdapterAttnProcessor(text, list(self.adapters), self.token_counts, self.scale)
+        other._backend = self._backend
+        return other
+
+    def forward(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **text_arguments: Any,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            attn: the layer with the weights.
+            hidden_states: `[batch, positions, width]`.
+            encoder_hidden_states: `[batch, text tokens and image tokens, other width]`.
+            attention_mask: for the text's tokens.
+            text_arguments: what else the processor for the text takes.
+        """
+        text_length = encoder_hidden_states.shape[1] - sum(self.token_counts)
+        text, *pictures = encoder_hidden_states.split([text_length, *self.token_counts], dim=1)
+        output = self.text(attn, hidden_states, text, attention_mask, **text_arguments)
+        if not any(self.scale):
+            return output
+        query = _split_heads(attn, attn.to_q(hidden_states))
+        for adapter, tokens, scale in zip(self.adapters, pictures, self.scale, strict=True):
+            if scale:
+                output = output + scale * adapter(query, tokens, self._backend)
+        return output
+
+
+def text_processor(layer: Any) -> Any:
+    """The processor with which a layer attends to the text."""
+    processor = layer.processor
+    return processor.text if isinstance(processor, IPAdapterAttnProcessor) else processor
+
+
+def set_text_processor(layer: Any, processor: Any) -> None:
+    """Let a layer attend to the text with `processor`; its IP-Adapters, if it has any, stay."""
+    adapted = layer.processor
+    layer.set_processor(adapted.with_text(processor) if isinstance(adapted, IPAdapterAttnProcessor) else processor)
 
 
 _DISPATCHED = {

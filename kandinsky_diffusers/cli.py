@@ -37,7 +37,10 @@ def convert(
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder that gets one folder per repository.")] = None,
     version: Annotated[
-        str, typer.Option(help="Which release it is: auto, 2.0, 2.1, 2.2, 3.0, 3.1, superres.")
+        str,
+        typer.Option(
+            help="Which release it is: auto, 2.0, 2.1, 2.2, 3.0, 3.1, superres, 3-controlnet, 3-ip-adapter, 3-lora."
+        ),
     ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (each tensor's own), float32, float16 or bfloat16.")] = "auto",
     variant: Annotated[str | None, typer.Option(help="fp16 or bf16: cast, and name the files so.")] = None,
@@ -199,7 +202,7 @@ def _show_files(reports: list[FileReport], place: Path) -> None:
     from rich.table import Table
 
     table = Table("file, SHA-256", "version", "part", "dtype", "parameters", "bytes")
-    table.columns[0].overflow = "fold"
+    table.columns[0].overflow = table.columns[2].overflow = "fold"
     for report in reports:
         dtypes = ", ".join(sorted(report.dtypes, key=lambda name: -report.dtypes[name]))
         kind = (report.version or "?", report.part or report.problem or "?", dtypes)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import PIL.Image
@@ -17,7 +17,8 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .inputs import as_prompts, as_weights, check_counts
+from .inputs import as_prompts, as_weights, beautified, check_counts
+from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .prior_call import check_mixable
 
@@ -39,6 +40,14 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "to
 
 EMBEDS = ("image_embeds", "negative_image_embeds")
 PICTURES = ("image", "mask_image", "hint")
+FOR_PRIOR = (
+    "prompt",
+    "negative_prompt",
+    "negative_prior_prompt",
+    "prompt_beautifier",
+    "num_images_per_prompt",
+    "generator",
+)
 
 _prior_is_given: ContextVar[bool] = ContextVar("prior_is_given", default=False)
 
@@ -62,10 +71,11 @@ def _given_prior() -> Iterator[None]:
         _prior_is_given.reset(token)
 
 
-class ConnectedPriorMixin:
+class ConnectedPriorMixin(KandinskyLoraMixin):
     """Mixed in before a stock combined pipeline, whose components of the prior are named `prior_...`."""
 
     _load_connected_pipes = _LoadsConnectedPipes()
+    _lora_loadable_modules: ClassVar = ["unet", "prior_prior"]
     _prior_class: type
     _decoder_class: type
 
@@ -151,8 +161,13 @@ class ConnectedPriorMixin:
         _check_decoder(decoder, for_decoder, prompts * each)
 
         own = {name.removeprefix("prior_"): arguments[name] for name in arguments if name.startswith("prior_")}
-        shared = ("prompt", "negative_prompt", "negative_prior_prompt", "num_images_per_prompt", "generator")
-        embeds = prior(**{name: arguments[name] for name in shared}, **own, return_dict=False)
+        for_prior = {name: arguments[name] for name in FOR_PRIOR} | own | {"return_dict": False}
+        _check_call(prior, for_prior)
+        if (beautifier := arguments["prompt_beautifier"]) is not None:
+            better = {"prompt": beautified(as_prompts(arguments["prompt"]), beautifier), "prompt_beautifier": None}
+            for_prior |= better
+            for_decoder |= {name: value for name, value in better.items() if name in for_decoder}
+        embeds = prior(**for_prior)
         output = decoder(**for_decoder, **dict(zip(EMBEDS, embeds, strict=True)))
         self.maybe_free_model_hooks()
         return output
@@ -247,12 +262,16 @@ def _parameters_of(pipeline: Any) -> Sequence[str]:
     return list(inspect.signature(type(pipeline).__call__).parameters)[1:]
 
 
-def _check_decoder(decoder: Any, arguments: Mapping[str, Any], images: int) -> None:
+def _check_decoder(decoder: Any, arguments: dict[str, Any], images: int) -> None:
     """Check what the decoder will be called with, when there are no embeddings yet."""
-    unknown_yet = dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width))
-    call = inspect.signature(type(decoder).__call__).bind(decoder, **arguments, **unknown_yet)
+    _check_call(decoder, arguments | dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width)))
+
+
+def _check_call(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+    """Check what a pipeline will be called with; nothing runs."""
+    call = inspect.signature(type(pipeline).__call__).bind(pipeline, **arguments)
     call.apply_defaults()
-    decoder._check(call.arguments)
+    pipeline._check(call.arguments)
 
 
 def _repeat_each(pictures: Any, prompts: int, times: int) -> Any:

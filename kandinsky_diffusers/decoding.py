@@ -14,8 +14,11 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from . import sampling
 from .images import OUTPUT_TYPES, latent_size, pad_to, pixels_from, pixels_to
 from .inputs import (
+    as_prompts,
     as_rows,
+    beautified,
     check_at_most,
+    check_beautifier,
     check_choice,
     check_counts,
     check_generators,
@@ -24,6 +27,7 @@ from .inputs import (
     count_images,
     expand,
 )
+from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .schedulers import noise_to, start_at
 
@@ -65,7 +69,8 @@ class Call:
         embeds: image embeddings as given, for the decoders of 2.1 and 2.2.
         text: prompts and negative prompts, for the pipelines that take any.
         source: pixels, or what is known of them, where a picture is given.
-        hint: a depth map `[1 or prompts or pictures, 3, height, width]`, for the UNets that take one.
+        hint: a depth map or control image `[1 or prompts or pictures, 3, height, width]`, where one is taken.
+        image_prompts: what IP-Adapters are shown, where any are loaded.
         regions: prompts for parts of the picture, for the pipelines that take any.
     """
 
@@ -75,13 +80,21 @@ class Call:
     text: Any = None
     source: Any = None
     hint: torch.Tensor | None = None
+    image_prompts: Any = None
     regions: Sequence[Any] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
 
+    def with_beautified_prompts(self) -> Call:
+        """The same call with better prompts, if it has a `prompt_beautifier`."""
+        beautifier = self.arguments.get("prompt_beautifier")
+        if beautifier is None:
+            return self
+        return replace(self, text=replace(self.text, prompt=beautified(as_prompts(self.text.prompt), beautifier)))
 
-class DecoderMixin:
+
+class DecoderMixin(KandinskyLoraMixin):
     """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
@@ -195,6 +208,7 @@ class DecoderMixin:
         device = self._execution_device
         self.scheduler.set_timesteps(call["num_inference_steps"], device=device)
         timesteps, noise_timestep = self._timesteps(call)
+        call = call.with_beautified_prompts()
         conditions = self._encode(call, device)
         latents = self._start(call, conditions, noise_timestep, device)
         on_step_end = self._on_step_end(call, conditions, timesteps)
@@ -218,6 +232,7 @@ class DecoderMixin:
         for name in arguments["callback_on_step_end_tensor_inputs"]:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         callback_for(arguments)
+        check_beautifier(arguments.get("prompt_beautifier"), arguments.get("prompt"))
         self._guidance_scale = float(arguments["guidance_scale"])
         embeds = self._check_embeds(arguments)
         rows = len(embeds["image_embeds"]) if embeds else prompts

@@ -189,7 +189,7 @@ def grow_repainted(keep_mask: torch.Tensor) -> torch.Tensor:
 
 
 def hints_from(hints: Images, height: int, width: int, name: str = "hint") -> torch.Tensor:
-    """Depth maps as float32 `[batch, 3, height, width]` in [0, 1].
+    """Depth maps, or other control images, as float32 `[batch, 3, height, width]` in [0, 1].
 
     Accepted is what [`pixels_from`] accepts, and maps of one channel: grey PIL pictures, `[h, w]`, `[h, w, 1]` or
     `[1, h, w]`. Floats are taken as they are, and must lie in [0, 1]; bytes count to 255, larger integers to 65535.
@@ -200,7 +200,24 @@ def hints_from(hints: Images, height: int, width: int, name: str = "hint") -> to
     return torch.cat([_hint_of(hint, height, width, name) for hint in as_list(hints, name)])
 
 
+def hint_size(hints: Images, name: str = "hint") -> tuple[int, int]:
+    """Height and width of what [`hints_from`] takes, of the first of several.
+
+    Raises:
+        TypeError, ValueError: see [`pixels_from`].
+    """
+    height, width = _hint_values(as_list(hints, name)[0], name).shape[-2:]
+    return height, width
+
+
 def _hint_of(hint: Image, height: int, width: int, name: str) -> torch.Tensor:
+    values = _hint_values(hint, name)
+    if values.shape[-2:] != (height, width):
+        values = F.interpolate(values, (height, width), mode="bilinear", antialias=True)
+    return values
+
+
+def _hint_values(hint: Image, name: str) -> torch.Tensor:
     if isinstance(hint, PIL.Image.Image):
         hint = np.array(hint if hint.mode.startswith(("I", "F")) else hint.convert("RGB"))
     last_is_one = isinstance(hint, np.ndarray) and hint.shape[-1] == 1
@@ -212,9 +229,44 @@ def _hint_of(hint: Image, height: int, width: int, name: str) -> torch.Tensor:
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0.0 and highest <= 1.0):
         raise ValueError(f"`{name}` has values from {lowest} to {highest}; accepted is [0, 1], or integers.")
-    if values.shape[-2:] != (height, width):
-        values = F.interpolate(values, (height, width), mode="bilinear", antialias=True)
     return values
+
+
+def scales_from(scales: float | Image | Sequence[float | Image], height: int, width: int, name: str) -> torch.Tensor:
+    """How strongly something acts, as float32 `[rows, 1, height, width]`; `[rows, 1, 1, 1]` for numbers alone.
+
+    Args:
+        scales: one or several numbers or maps: grey pictures, `[h, w]`, `[1, h, w]` or batches of these. Floats are
+            taken as they are, bytes count to 1. Maps of another size are resized with the nearest pixel.
+        height: in pixels.
+        width: in pixels.
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError: an item is none of these.
+        ValueError: a shape is another, a value is not finite, or the sequence is empty.
+    """
+    items: list[Any] = list(scales) if isinstance(scales, (list, tuple)) else [scales]
+    rows = [_scale_of(item, name) for item in items]
+    if any(row.shape[-2:] != (1, 1) for row in rows):
+        rows = [F.interpolate(row, (height, width), mode="nearest-exact") for row in rows]
+    if not rows or not all(bool(row.isfinite().all()) for row in rows):
+        raise ValueError(
+            f"`{name}` is empty, or has a value that is not finite; accepted are numbers and maps of them."
+        )
+    return torch.cat(rows)
+
+
+def _scale_of(scale: Any, name: str) -> torch.Tensor:
+    if isinstance(scale, (int, float)):
+        return torch.full((1, 1, 1, 1), float(scale))
+    if isinstance(scale, PIL.Image.Image):
+        scale = np.array(scale.convert("L"))
+    if not isinstance(scale, (np.ndarray, torch.Tensor)):
+        kind = type(scale).__name__
+        raise TypeError(f"`{name}` is or has a {kind}; accepted are numbers, PIL pictures, arrays and tensors.")
+    values = _as_batch(scale, channels=1, name=name)
+    return values / 255.0 if str(scale.dtype).endswith("uint8") else values
 
 
 def pad_to(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:

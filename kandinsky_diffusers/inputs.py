@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,33 @@ def as_prompts(prompt: Any, name: str = "prompt") -> list[str]:
     if not prompts:
         raise ValueError(f"`{name}` is an empty list; at least one prompt is needed.")
     return list(prompts)
+
+
+def check_beautifier(beautifier: Any, prompt: Any) -> None:
+    """Raises TypeError where a `prompt_beautifier` cannot be called, ValueError where there is no prompt for it."""
+    if beautifier is None:
+        return
+    if not callable(beautifier):
+        raise TypeError(f"`prompt_beautifier` is {beautifier!r}; accepted is a function of a list of str.")
+    if prompt is None:
+        raise ValueError("`prompt_beautifier` is given without `prompt`; it cannot change `prompt_embeds`.")
+
+
+def beautified(prompts: list[str], beautifier: Callable[[list[str]], list[str]]) -> list[str]:
+    """What a beautifier makes of prompts.
+
+    Raises:
+        TypeError: it gives anything else than a list of str.
+        ValueError: it gives another number of them.
+    """
+    better = beautifier(list(prompts))
+    if not isinstance(better, (list, tuple)) or not all(isinstance(text, str) for text in better):
+        raise TypeError(f"`prompt_beautifier` has returned {better!r}; accepted is a list of str.")
+    if len(better) != len(prompts):
+        raise ValueError(
+            f"`prompt_beautifier` has returned {len(better)} prompts; accepted is one for each of {len(prompts)}."
+        )
+    return list(better)
 
 
 def as_negatives(negative: Any, count: int, name: str = "negative_prompt") -> list[str]:

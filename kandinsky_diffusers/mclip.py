@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, Self, TypedDict
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 
 from .decoding import Batch, Call, Conditions
 from .inputs import as_negatives, as_prompts, check_alternatives
+from .options import PromptOptions
 from .text import tokenize
 
 
@@ -18,8 +19,8 @@ TEXT_LENGTH = 77
 States = tuple[torch.Tensor, ...]
 
 
-class TextStates(TypedDict, total=False):
-    """What the decoders take instead of prompts, see their `encode_prompt`."""
+class TextStates(PromptOptions, total=False):
+    """What the decoders take instead of prompts, see their `encode_prompt`; and what they take with them."""
 
     prompt_embeds: Annotated[torch.Tensor | None, None]
     negative_prompt_embeds: Annotated[torch.Tensor | None, None]

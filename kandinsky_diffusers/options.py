@@ -19,6 +19,7 @@ Prompts = str | list[str]
 Embeds = torch.Tensor | list[torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
 Pictures = ImagePipelineOutput | tuple[Any]
+Beautifier = Callable[[list[str]], list[str]]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -40,6 +41,17 @@ class SamplingOptions(TypedDict, total=False):
     return_dict: Annotated[bool, True]
     callback_on_step_end: Annotated[Callable[..., dict] | None, None]
     callback_on_step_end_tensor_inputs: Annotated[Sequence[str], ("latents",)]
+
+
+class PromptOptions(TypedDict, total=False):
+    """What every pipeline that takes prompts takes besides.
+
+    Args:
+        prompt_beautifier: makes of a list of prompts as many better ones, which are drawn: a [`PromptBeautifier`], or
+            a function. Negative prompts, and those of regions, stay as they are.
+    """
+
+    prompt_beautifier: Annotated[Beautifier | None, None]
 
 
 class DrawingOptions(SamplingOptions, total=False):
@@ -109,7 +121,7 @@ class InpaintOptions(RepaintOptions, DecoderOptions, total=False):
     """What inpainting with 2.1 and 2.2 takes."""
 
 
-class PriorOptions(SamplingOptions, total=False):
+class PriorOptions(PromptOptions, SamplingOptions, total=False):
     """What the priors take besides a prompt.
 
     Args:
@@ -129,7 +141,7 @@ class PriorOptions(SamplingOptions, total=False):
     negative_prior_prompt: Annotated[Prompts | None, None]
 
 
-class PriorOptionsOfCombined(TypedDict, total=False):
+class PriorOptionsOfCombined(PromptOptions, total=False):
     """What combined pipelines take for their prior: [`PriorOptions`], where need be with `prior_` in front."""
 
     negative_prompt: Annotated[Prompts | None, None]

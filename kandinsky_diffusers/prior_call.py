@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import PIL.Image
 import torch
 
-from .inputs import as_negatives
+from .inputs import as_negatives, beautified
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class PriorCall:
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
+
+    def with_beautified_prompts(self) -> PriorCall:
+        """The same call with better prompts, if it has a `prompt_beautifier`."""
+        beautifier = self["prompt_beautifier"]
+        if beautifier is None:
+            return self
+        count = len(self.texts) // self.halves
+        return replace(self, texts=beautified(self.texts[:count], beautifier) + self.texts[count:])
 
 
 def texts_of(prompts: list[str], negative: Any, negative_prior: Any) -> tuple[list[str], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import PIL.Image
 import torch
@@ -26,11 +26,13 @@ from .inputs import (
     as_weights,
     check_at_least,
     check_at_most,
+    check_beautifier,
     check_choice,
     check_counts,
     check_generators,
     check_shape,
 )
+from .lora import KandinskyLoraMixin
 from .options import Generators, PriorOptions, Prompts, accepts
 from .pipeline_base import KandinskyPipelineMixin
 from .prior import CachedPriorTransformer, PrefixOfCall, arguments_of
@@ -44,7 +46,7 @@ CONDITIONS = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
 Embedded = KandinskyPriorPipelineOutput | tuple[Any, Any]
 
 
-class PriorPipeline(KandinskyPipelineMixin, DiffusionPipeline):
+class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipeline):
     """Base of the prior pipelines.
 
     The part of the prior that does not depend on the step is computed once per call; `exact_reference(True)` switches
@@ -61,6 +63,7 @@ class PriorPipeline(KandinskyPipelineMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->image_encoder->prior"
     _exclude_from_cpu_offload = ()
+    _lora_loadable_modules: ClassVar = ["prior"]
     _callback_tensor_inputs = ("latents", *CONDITIONS)
 
     # In 2.1 `interpolate` guides the prior by `negative_prior_prompt`, as the original does. In 2.2 it makes, as stock
@@ -210,6 +213,7 @@ class PriorPipeline(KandinskyPipelineMixin, DiffusionPipeline):
         check_choice("output_type", arguments["output_type"], ("pt", "np", "latent"))
         for name in arguments["callback_on_step_end_tensor_inputs"]:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        check_beautifier(arguments["prompt_beautifier"], arguments["prompt"])
         prompts = as_prompts(arguments["prompt"])
         embeddings = len(prompts) * images_per_prompt
         check_generators(arguments["generator"], embeddings)
@@ -228,6 +232,7 @@ class PriorPipeline(KandinskyPipelineMixin, DiffusionPipeline):
 
     def _embed(self, call: PriorCall, timesteps: torch.Tensor, latents: torch.Tensor) -> Embedded:
         """Embeddings of the texts of a call, denoised from `latents`."""
+        call = call.with_beautified_prompts()
         device = self._execution_device
         self._guidance_scale = call.scale
         guided, each = self.do_classifier_free_guidance, call["num_images_per_prompt"]

@@ -47,6 +47,11 @@ FAMILIES: dict[str, dict[str, tuple[type, type | None]]] = {
         "image2image": (k3.Kandinsky3Img2ImgPipeline, None),
         "inpainting": (k3.Kandinsky3InpaintPipeline, None),
     },
+    "kandinsky3-controlnet": {
+        "text2image": (k3.Kandinsky3ControlNetPipeline, None),
+        "image2image": (k3.Kandinsky3ControlNetImg2ImgPipeline, None),
+        "inpainting": (k3.Kandinsky3ControlNetInpaintPipeline, None),
+    },
     "kandisuperres": {
         "image2image": (superres.KandiSuperResPipeline, None),
     },
@@ -61,7 +66,9 @@ OTHER_PIPELINES: tuple[type, ...] = (
 
 COMPONENTS: tuple[type, ...] = (
     k20.KandinskyV20UNet,
+    k3.Kandinsky3ControlNetModel,
     k3.Kandinsky3UNet,
+    k3.KandinskyHEDDetector,
     movq.MoVQ,
     prior.CachedPriorTransformer,
     schedulers.Kandinsky3AncestralScheduler,

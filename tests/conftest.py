@@ -135,6 +135,22 @@ def release_31(goldens_31: GoldenFamily, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def release_ip_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny IP-Adapter of 3.1 in the original's layout. Read only."""
+    goldens = golden_family("kandinsky-3-ip-adapter")
+    return build_release(goldens.path, tmp_path_factory.mktemp("release") / "ip-adapter")
+
+
+@pytest.fixture(scope="session")
+def ip_adapter(release_ip_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted repository of `release_ip_adapter`, a folder for `load_ip_adapter`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    (repo,) = convert(release_ip_adapter, tmp_path_factory.mktemp("repos")).repos
+    return repo
+
+
+@pytest.fixture(scope="session")
 def converted_30(goldens_30: GoldenFamily, release_30: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the converted repositories of `release_30`. Read only."""
     from kandinsky_diffusers.conversion import convert
@@ -152,6 +168,50 @@ def converted_31(goldens_31: GoldenFamily, release_31: Path, tmp_path_factory: p
 
     output = tmp_path_factory.mktemp("repos")
     convert(release_31, output, version="3.1", original_config=goldens_31.path / "hyperparameters.json")
+    return output
+
+
+@pytest.fixture(scope="session")
+def goldens_controlnet() -> GoldenFamily:
+    """The family `kandinsky-3-controlnet` of the golden set in use."""
+    return golden_family("kandinsky-3-controlnet")
+
+
+@pytest.fixture(scope="session")
+def release_controlnet(goldens_controlnet: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ControlNet for the tiny Kandinsky 3.1, with that one's UNet beside it. Read only."""
+    return build_release(goldens_controlnet.path, tmp_path_factory.mktemp("release") / "kandinsky-3-controlnet")
+
+
+@pytest.fixture(scope="session")
+def converted_controlnet(release_controlnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the converted `release_controlnet`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    convert(release_controlnet, output, version="3-controlnet")
+    return output / "kandinsky-3-controlnet-hed"
+
+
+@pytest.fixture(scope="session")
+def goldens_lora() -> GoldenFamily:
+    """The family `kandinsky-3-lora` of the golden set in use."""
+    return golden_family("kandinsky-3-lora")
+
+
+@pytest.fixture(scope="session")
+def release_lora(goldens_lora: GoldenFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LoRA as the fork's training saves it. Read only."""
+    return build_release(goldens_lora.path, tmp_path_factory.mktemp("release") / "kandinsky-3-lora")
+
+
+@pytest.fixture(scope="session")
+def converted_lora(release_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the converted repository of `release_lora`. Read only."""
+    from kandinsky_diffusers.conversion import convert
+
+    output = tmp_path_factory.mktemp("repos")
+    convert(release_lora, output, version="3-lora", verify=True)
     return output
 
 

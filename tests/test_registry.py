@@ -32,6 +32,9 @@ NEW = {
     "KandinskyV20Pipeline",
     "KandinskyV22ControlnetCombinedPipeline",
     "KandinskyV22ControlnetImg2ImgCombinedPipeline",
+    "Kandinsky3ControlNetImg2ImgPipeline",
+    "Kandinsky3ControlNetInpaintPipeline",
+    "Kandinsky3ControlNetPipeline",
     "Kandinsky3InpaintPipeline",
     "KandiSuperResPipeline",
 }

@@ -154,7 +154,7 @@ def test_flash_of_a_network_that_predicts_what_is_clean_renoises_it_on_linear_be
         expected = clean
         if following is not None:
             expected = alphas[following] ** 0.5 * clean + (1 - alphas[following]) ** 0.5 * fresh
-        result = scheduler.step(clean, timestep, sample, variance_noise=fresh)
+        result: Any = scheduler.step(clean, timestep, sample, variance_noise=fresh)
         assert_close(result.prev_sample, expected, 1e-5)
         assert torch.equal(result.pred_original_sample, clean)
 

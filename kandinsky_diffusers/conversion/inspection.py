@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import ConversionError
 from .reader import file_sha256, is_inventory
+from .releases import other_kind
 from .sources import WEIGHT_ENDINGS, identify, open_any
 
 
@@ -84,7 +85,7 @@ def _describe_or_blame(path: Path, advance: Callable[[int], None]) -> FileReport
 
 def _describe(path: Path, advance: Callable[[int], None]) -> FileReport:
     file = open_any(path)
-    version, part = identify(file) or (None, None)
+    version, part = other_kind(file.shapes) or identify(file) or (None, None)
     numbers = {key: prod(shape) for key, shape in file.shapes.items()}
     dtypes: Counter[str] = Counter()
     for key, dtype in ({} if is_inventory(path) else file.dtypes).items():

@@ -62,6 +62,11 @@ class WeightFile:
         """Key to the dtype's name, such as ``float16``."""
         return {key: str(getattr(value, "dtype", "object")).rpartition(".")[2] for key, value in self._tensors.items()}
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What stands in the header beside the tensors; only safetensors files have it."""
+        return {}
+
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor called ``key``, as a view of the mapped file where the format allows it."""
         return self._tensors[key]
@@ -124,6 +129,11 @@ class SafetensorsFile(WeightFile):
     def dtypes(self) -> dict[str, str]:
         """Key to the dtype's name, such as ``float16``."""
         return {key: dtype_name(part.get_dtype()) for key, part in self._slices.items()}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What stands in the header beside the tensors."""
+        return self._file.metadata() or {}
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor called ``key``."""

@@ -295,6 +295,7 @@ class Release:
         repos: what is made from them.
         roots: the folders that the files lie in, from the folder that the user gives; ``"release"`` is that folder.
         layout: ``split``, or ``combined``; see :mod:`.layout`.
+        left_out: what may lie in the release without being converted, by its path, and why.
     """
 
     version: str
@@ -303,6 +304,7 @@ class Release:
     repos: tuple[Repo, ...]
     roots: Callable[[Path], Mapping[str, Path]] = lambda folder: {"release": folder}
     layout: str = "split"
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def file(self, name: str) -> SourceFile:
         """The source file called ``name``."""

@@ -144,6 +144,14 @@ class RuleTable:
             paths={name: {target: source for source, target in table.items()} for name, table in self.paths.items()},
         )
 
+    def target_of(self, key: str) -> str | None:
+        """What a rule from one key to one key makes of ``key``; None if there is no such rule for it."""
+        for rule in self.rules:
+            template = Template(rule.sources[0], self.paths)
+            if len(rule.sources) == len(rule.targets) == 1 and (values := template.match(key)) is not None:
+                return template.fill(rule.targets[0], values)
+        return None
+
     def produces(self, key: str) -> bool:
         """Whether some rule or constant makes the model's tensor ``key``."""
         templates = [target for rule in self.rules for target in rule.targets]

@@ -104,12 +104,15 @@ def choose_release(folder: Path, version: str, layout: str = "split") -> Release
 
 
 def choose_repos(chosen: Release, folders: Mapping[str, Path]) -> tuple[list[Repo], dict[str, str]]:
-    """The repositories whose main file is there; and why the others are left out."""
+    """The repositories whose main file is there; and why the others, and other parts of the release, are left out."""
     mains = {repo.name: chosen.file(repo.main) for repo in chosen.repos}
     skipped = {
         name: f"{_title(file)} is not in the release" for name, file in mains.items() if not _locate(file, folders)
     }
-    return [repo for repo in chosen.repos if repo.name not in skipped], skipped
+    repos = [repo for repo in chosen.repos if repo.name not in skipped]
+    return repos, skipped | {
+        path: reason for path, reason in chosen.left_out.items() if (folders["release"] / path).exists()
+    }
 
 
 def leave_out_absent(

@@ -13,7 +13,7 @@ from ..text import tokenize
 
 
 class TextStates(mclip.TextStates, total=False):
-    """What the pipelines take instead of prompts, see their `encode_prompt`."""
+    """What the pipelines take instead of prompts, see their `encode_prompt`; and what they take with them."""
 
     prompt_embeds_2: Annotated[torch.Tensor | None, None]
     negative_prompt_embeds_2: Annotated[torch.Tensor | None, None]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..clip_weights import half_rules
 from ..conversion import smoke
 from ..conversion.errors import ConversionError
 from ..conversion.files import copy_clip_image_processor, copy_tokenizer, image_processor_check, tokenizer_check
@@ -144,8 +145,8 @@ RELEASE = Release(
             main=f"{PRIOR}/prior",
             components=(
                 _model(PRIOR, "prior", "diffusers", "PriorTransformer", weights.same_names),
-                _model(PRIOR, "text_encoder", "transformers", "CLIPTextModelWithProjection", weights.clip_rules),
-                _model(PRIOR, "image_encoder", "transformers", "CLIPVisionModelWithProjection", weights.clip_rules),
+                _model(PRIOR, "text_encoder", "transformers", "CLIPTextModelWithProjection", half_rules),
+                _model(PRIOR, "image_encoder", "transformers", "CLIPVisionModelWithProjection", half_rules),
                 TOKENIZER,
                 IMAGE_PROCESSOR,
                 copied_scheduler("UnCLIPScheduler", root=PRIOR),

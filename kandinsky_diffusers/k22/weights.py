@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from itertools import product
 
+from ..clip_weights import is_half
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config
-from ..conversion.rules import REST, Drop, RuleTable, rename
+from ..conversion.rules import REST, RuleTable, rename
 
 
-POSITION_IDS = "position numbers, a buffer of old transformers versions"
 WIDTH_OF_21 = 768  # of the embeddings of CLIP ViT-L/14
 
 # role of a decoder -> input channels of its UNet, and whether it sees a hint
@@ -60,19 +60,12 @@ def is_image_encoder(shapes: Shapes) -> bool:
 
 
 def _is_half(projection: str, other: str, shapes: Shapes) -> bool:
-    return projection in shapes and other not in shapes and shapes[projection][:1] != (WIDTH_OF_21,)
+    return is_half(projection, other, shapes) and shapes[projection][:1] != (WIDTH_OF_21,)
 
 
 def same_names(config: Config) -> RuleTable:
     """Rules of a model that was published as it is."""
     return RuleTable(rules=(rename(REST, REST),))
-
-
-def clip_rules(config: Config) -> RuleTable:
-    """Rules of the two halves of CLIP."""
-    models = ("text_model", "vision_model")
-    drops = tuple(Drop(f"{model}.embeddings.position_ids", POSITION_IDS) for model in models)
-    return RuleTable(rules=(rename(REST, REST),), drops=drops)
 
 
 def movq_rules(config: Config) -> RuleTable:

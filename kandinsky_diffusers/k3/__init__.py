@@ -7,7 +7,14 @@ which the components say. Stock has the UNet and two pipelines, without null emb
 
 from __future__ import annotations
 
+from .controlnet import Kandinsky3ControlNetModel
+from .hed import KandinskyHEDDetector
 from .pipeline import Kandinsky3Pipeline
+from .pipeline_controlnet import (
+    Kandinsky3ControlNetImg2ImgPipeline,
+    Kandinsky3ControlNetInpaintPipeline,
+    Kandinsky3ControlNetPipeline,
+)
 from .pipeline_img2img import Kandinsky3Img2ImgPipeline
 from .pipeline_inpaint import Kandinsky3InpaintPipeline
 from .regions import Region
@@ -15,9 +22,14 @@ from .unet import Kandinsky3UNet
 
 
 __all__ = [
+    "Kandinsky3ControlNetImg2ImgPipeline",
+    "Kandinsky3ControlNetInpaintPipeline",
+    "Kandinsky3ControlNetModel",
+    "Kandinsky3ControlNetPipeline",
     "Kandinsky3Img2ImgPipeline",
     "Kandinsky3InpaintPipeline",
     "Kandinsky3Pipeline",
     "Kandinsky3UNet",
+    "KandinskyHEDDetector",
     "Region",
 ]

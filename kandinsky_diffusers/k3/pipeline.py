@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, VQModel
@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.pipelines.kandinsky3 import Kandinsky3Pipeline as StockKandinsky3Pipeline
 from diffusers.utils import logging
-from transformers import T5EncoderModel, T5Tokenizer
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, T5EncoderModel, T5Tokenizer
 
 from .. import sampling
 from ..decoding import Batch, Call, Conditions, DecoderMixin
@@ -22,6 +22,7 @@ from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..schedulers import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler, Kandinsky3FlashScheduler
+from .ip_adapter import IPAdapterOptions, Kandinsky3IPAdapterMixin
 from .regions import Regions, RegionsMixin
 from .text import TextEncoder, TextInputs, TextStates, context_of, fitted, no_text, stock_context_of
 from .unet import Kandinsky3UNet
@@ -35,7 +36,7 @@ STOCK_DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 3.0}  # for repos
 SIDE = 1024  # pixels, of a picture when no size is given
 
 
-class Kandinsky3Options(DrawingOptions, total=False):
+class Kandinsky3Options(IPAdapterOptions, DrawingOptions, total=False):
     """What the pipelines of 3.x take; None leaves it to the repo's scheduler, and to the input picture.
 
     Args:
@@ -56,7 +57,9 @@ class Kandinsky3Options(DrawingOptions, total=False):
     regional_base_ratio: Annotated[float, 0.0]
 
 
-class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pipeline):
+class Kandinsky3Pipeline(
+    Kandinsky3IPAdapterMixin, RegionsMixin, DecoderMixin, KandinskyPipelineMixin, StockKandinsky3Pipeline
+):
     """Text to image with Kandinsky 3.0, 3.1 or Flash; which one is a matter of its components.
 
     To change one part, subclass it and override `encode_prompt`, `prepare_latents`, `predict_noise` or
@@ -71,9 +74,12 @@ class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, Sto
             `encode_prompt` is used.
         scheduler: decides on the sampler, and on the default number of steps and guidance scale.
         movq: the image autoencoder.
+        image_encoder: CLIP, for IP-Adapters; `load_ip_adapter` brings it, if need be.
+        feature_extractor: makes the image encoder's pixel values; likewise.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->movq"
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->movq"
+    _optional_components: ClassVar = ["image_encoder", "feature_extractor"]
     _callback_tensor_inputs = (
         "latents",
         "prompt_embeds",
@@ -94,6 +100,8 @@ class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, Sto
         unet: StockKandinsky3UNet | Kandinsky3UNet,
         scheduler: Scheduler,
         movq: VQModel | MoVQ,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
     ):
         DiffusionPipeline.__init__(self)
         self.register_modules(
@@ -102,6 +110,8 @@ class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, Sto
             unet=unet,
             scheduler=scheduler,
             movq=self._in_float32(movq),
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
         )
         self.movq_scale_factor = pixels_per_latent(movq)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.movq_scale_factor, resample="bicubic")
@@ -201,7 +211,7 @@ class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, Sto
         text = TextInputs.of(arguments)
         self._check_text(text)
         call = replace(self._check_common(arguments, text.count), text=text)
-        return self._with_regions(call)
+        return self._with_regions(replace(call, image_prompts=self._check_image_prompts(call)))
 
     def _check_text(self, text: TextInputs) -> None:
         self._check_encoder(text)
@@ -228,7 +238,7 @@ class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, Sto
     def _encode(self, call: Call, device: torch.device) -> Conditions:
         conditions = self._states_of(call.text, call.batch.images, device)
         conditions |= self._context(conditions, call.batch.images)
-        return conditions | self._regional_conditions(call, device)
+        return conditions | self._regional_conditions(call, device) | self._image_conditions(call, device)
 
     def _states_of(self, text: TextInputs, images: int, device: torch.device) -> Conditions:
         """States as the step-end callback sees them in stock: `prompt_embeds` and its mask have both halves."""
@@ -284,22 +294,26 @@ class Kandinsky3Pipeline(RegionsMixin, DecoderMixin, KandinskyPipelineMixin, Sto
             timestep: a training timestep.
             conditions: named tensors: `context`, `context_mask` and, if samples differ in it, `context_lengths`, with
                 the unconditional half first where guidance is on (see [`k3.text.context_of`]); `masked_image` and
-                `mask_image` (latents, 1 keeps) when inpainting.
+                `mask_image` (latents, 1 keeps) when inpainting; `ip_adapter_image_embeds` with an IP-Adapter.
 
         Returns:
             `[2 * batch or batch, 4, height, width]`.
         """
-        return self.unet(
-            self._unet_input(latents, timestep, conditions),
-            timestep,
-            encoder_hidden_states=conditions["context"],
-            encoder_attention_mask=conditions["context_mask"],
-            return_dict=False,
-            projected=self._has_null_embedding,
-            context_lengths=conditions.get("context_lengths"),
-            regional_hidden_states=conditions.get("regional_context"),
-            regional_attention_mask=conditions.get("regional_context_mask"),
-        )[0]
+        sample = self._unet_input(latents, timestep, conditions)
+        arguments = self._unet_arguments(sample, timestep, conditions)
+        return self.unet(sample, timestep, return_dict=False, **arguments)[0]
+
+    def _unet_arguments(self, sample: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> dict[str, Any]:
+        """What the UNet is called with besides its input and the timestep."""
+        return {
+            "encoder_hidden_states": conditions["context"],
+            "encoder_attention_mask": conditions["context_mask"],
+            "projected": self._has_null_embedding,
+            "context_lengths": conditions.get("context_lengths"),
+            "added_cond_kwargs": self._added_conditions(conditions, len(sample)),
+            "regional_hidden_states": conditions.get("regional_context"),
+            "regional_attention_mask": conditions.get("regional_context_mask"),
+        }
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         if len(prediction) == len(latents):

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 
 from .. import sampling
+from ..attention import set_text_processor, text_processor
 from ..decoding import Batch, Call, Conditions
 from ..images import Images, pad_to, shares_from
 from ..inputs import as_prompts, check_share
+from .ip_adapter_unet import cross_attentions
 from .text import TextInputs, fitted
 
 
@@ -137,15 +139,15 @@ class RegionalAttention:
     @contextmanager
     def applied_to(self, unet: Any) -> Iterator[None]:
         """Let the cross-attentions of a UNet do so, and afterwards what they did before."""
-        layers: list[Any] = cross_attentions(unet)
-        before = [layer.processor for layer in layers]
+        layers = cross_attentions(unet).values()
+        before = [text_processor(layer) for layer in layers]
         try:
-            for layer in layers:
-                layer.set_processor(RegionalAttnProcessor(self, layer.processor))
+            for layer, processor in zip(layers, before, strict=True):
+                set_text_processor(layer, RegionalAttnProcessor(self, processor))
             yield
         finally:
             for layer, processor in zip(layers, before, strict=True):
-                layer.set_processor(processor)
+                set_text_processor(layer, processor)
 
 
 class RegionalAttnProcessor:
@@ -188,12 +190,6 @@ class RegionalAttnProcessor:
         for shares, own in zip(regional.shares, of_regions, strict=True):
             output = torch.lerp(output, own, shares[hidden_states.shape[1]].to(own))
         return torch.lerp(output, base, regional.base_ratio)
-
-
-def cross_attentions(unet: Any) -> list[Attention]:
-    """The layers of a 3.x UNet that attend to the text, but for the pooling."""
-    blocks = [block for level in (*unet.down_blocks, *unet.up_blocks) for block in level.attentions[1:]]
-    return [block.attention for block in blocks if hasattr(block, "attention")]
 
 
 def shares_of(masks: torch.Tensor, latent_size: tuple[int, int], pixels: int, levels: int) -> dict[int, torch.Tensor]:

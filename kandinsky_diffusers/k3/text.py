@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..inputs import as_negatives, as_prompts, check_alternatives, check_shape
+from ..options import PromptOptions
 from ..text import tokenize, warn_of_cut
 
 
@@ -19,8 +20,8 @@ logger = logging.get_logger(__name__)
 TEXT_LENGTH = 128
 
 
-class TextStates(TypedDict, total=False):
-    """What the pipelines take instead of prompts, see their `encode_prompt`."""
+class TextStates(PromptOptions, total=False):
+    """What the pipelines take instead of prompts, see their `encode_prompt`; and what they take with them."""
 
     prompt_embeds: Annotated[torch.Tensor | None, None]
     negative_prompt_embeds: Annotated[torch.Tensor | None, None]

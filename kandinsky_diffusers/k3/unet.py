@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -11,15 +11,13 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNetOutput
 
-from ..attention import MASKING_BACKENDS, DispatchedAttnProcessor, enable_xformers, use_dispatched_attention
+from ..attention import use_dispatched_attention
 from ..components import SavedAsStock
-from ..inputs import check_choice
+from .denoiser import DenoiserMixin, additive_mask
+from .ip_adapter_unet import IPAdapterUNetMixin
 
 
-STOCK_MASKED_SCORE = -10000.0  # what stock adds to the score of a token that is not attended to
-
-
-class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
+class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
     """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
 
     The original projects the text outside of the UNet, and zeroes what is padding afterwards. So the context is made
@@ -29,7 +27,7 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         for t in scheduler.timesteps:
             prediction = unet(latents, t, context, mask, projected=True).sample
 
-    It can be given LoRA adapters, checkpoints gradients, and its attention runs on the chosen backend.
+    It can be given LoRA adapters and IP-Adapters, checkpoints gradients, and its attention runs on the chosen backend.
 
     Args:
         in_channels: 4 for pictures; 9 for inpainting: noisy latents, mask (1 keeps), latents of the masked picture.
@@ -44,13 +42,6 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         has_null_embedding: whether there is a parameter `null_embedding` `[cross_attention_dim]`, the context that
             stands for no text. Off by default, because stock repositories have none.
     """
-
-    _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3AttentionPooling", "Kandinsky3ResNetBlock"]
-    _repeated_blocks: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3ResNetBlock"]
-
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., torch.Tensor]
 
     @register_to_config
     def __init__(
@@ -79,45 +70,21 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         if out_channels not in (None, in_channels):
             self.conv_out = torch.nn.Conv2d(block_out_channels[0] // 2, out_channels, kernel_size=3, padding=1)
         self.null_embedding = torch.nn.Parameter(torch.zeros(cross_attention_dim)) if has_null_embedding else None
+        self.image_proj = None
         use_dispatched_attention(self)
 
     def _on_shared_state(self) -> None:
         # what a stock object cannot have, and its configuration need not know
         self.register_to_config(out_channels=None, has_null_embedding=False)
         self.null_embedding = None
+        if not hasattr(self, "image_proj"):  # another view may have loaded IP-Adapters
+            self.image_proj = None
         use_dispatched_attention(self)
 
     @property
     def runs_in_stock(self) -> bool:
         """Whether the stock class can load these weights: it has as many output channels as input channels."""
         return self.config.out_channels in (None, self.config.in_channels)
-
-    def set_default_attn_processor(self) -> None:
-        """Go back to the attention processors that the model is built with."""
-        self.set_attn_processor(DispatchedAttnProcessor())
-
-    def set_attention_backend(self, backend: str) -> None:
-        """As diffusers does, but a backend that cannot take masks, which the text needs, is refused at once.
-
-        Raises:
-            ValueError: `backend` cannot take the masks of this model, or is unknown.
-        """
-        check_choice("backend", backend.lower(), [name.value for name in MASKING_BACKENDS])
-        super().set_attention_backend(backend)
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """Run attention on xformers, or no longer; here because `enable_xformers...` of diffusers comes down to it.
-
-        Raises:
-            ValueError: `attention_op` is given; xformers chooses the operator here.
-            ModuleNotFoundError, ValueError: xformers or a CUDA device is missing.
-        """
-        if attention_op is not None:
-            raise ValueError(f"`attention_op` is {attention_op!r}; accepted is None, xformers chooses the operator.")
-        if valid:
-            enable_xformers(self)
-        else:
-            self.reset_attention_backend()
 
     def forward(
         self,
@@ -130,8 +97,10 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         project: bool = False,
         projected: bool = False,
         context_lengths: torch.Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
         regional_hidden_states: torch.Tensor | None = None,
         regional_attention_mask: torch.Tensor | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
     ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
         """Predict the noise, or project the text.
 
@@ -150,14 +119,18 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
             context_lengths: `[batch]` ints; the query that pools the text is the mean of so many first rows of each
                 sample's context (the original's context has one row more than the text has tokens). None for all
                 rows, as stock has it.
+            added_cond_kwargs: with IP-Adapters, `{"image_embeds": [...]}`, one tensor `[batch, width of embeddings]`
+                for each.
             regional_hidden_states: `[batch, regional tokens, ...]`, of prompts for parts of the picture, like
                 `encoder_hidden_states`. They are not pooled; in the cross-attentions they follow the others, and the
                 processors know which token is for which part ([`k3.regions.RegionalAttention`]).
             regional_attention_mask: `[batch, regional tokens]`; both masks are needed then.
+            down_block_additional_residuals: what a ControlNet adds to the outputs of all levels but the lowest, as
+                the way up sees them: from the first level on `[batch, channels, height, width]`.
 
         Raises:
-            ValueError: an argument is missing or does not belong there, or `sample` has a size that cannot be halved
-                often enough.
+            ValueError: an argument is missing or does not belong there, `sample` has a size that cannot be halved
+                often enough, or there are more or fewer residuals than levels.
         """
         if project:
             if sample is not None or timestep is not None or projected:
@@ -165,17 +138,20 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
             return self._project(encoder_hidden_states, encoder_attention_mask)
         if sample is None or timestep is None or encoder_hidden_states is None:
             raise ValueError("`sample`, `timestep` and `encoder_hidden_states` are needed, unless `project` is True.")
-        self._check_size(sample)
+        self._check_size(sample, len(self.down_blocks) - 1)
+        self._check_residuals(down_block_additional_residuals)
 
-        mask = _additive_mask(encoder_attention_mask, sample.dtype, projected)
+        mask = additive_mask(encoder_attention_mask, sample.dtype, as_original=projected)
         context = encoder_hidden_states if projected else self.encoder_hid_proj(encoder_hidden_states)
         time_embed = self._embed_time(timestep, sample)
         time_embed = self._pool(time_embed, context, mask, context_lengths)
         if regional_hidden_states is not None:
             regional = regional_hidden_states if projected else self.encoder_hid_proj(regional_hidden_states)
             context = torch.cat([context, regional], dim=1)
-            mask = _additive_mask(_joined(encoder_attention_mask, regional_attention_mask), sample.dtype, projected)
-        sample = self._transform(sample, time_embed, context, mask)
+            mask = _joined(encoder_attention_mask, regional_attention_mask)
+            mask = additive_mask(mask, sample.dtype, as_original=projected)
+        context = self._with_image_tokens(context, added_cond_kwargs)
+        sample = self._transform(sample, time_embed, context, mask, down_block_additional_residuals)
         return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
 
     def _project(self, states: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
@@ -186,24 +162,21 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
         context = self.encoder_hid_proj(states)
         return context if mask is None else context.masked_fill((mask == 0).unsqueeze(-1), 0.0)
 
-    def _embed_time(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        return self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
+    def _check_residuals(self, residuals: Sequence[torch.Tensor] | None) -> None:
+        skips = len(self.down_blocks) - 1
+        if residuals is not None and len(residuals) != skips:
+            raise ValueError(
+                f"`down_block_additional_residuals` has {len(residuals)} items; accepted is one for each of the first"
+                f" {skips} levels."
+            )
 
-    def _pool(
+    def _transform(
         self,
+        sample: torch.Tensor,
         time_embed: torch.Tensor,
         context: torch.Tensor,
         mask: torch.Tensor | None,
-        lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Add what attention, with the mean of the context as its query, finds in the context."""
-        query = context.mean(dim=1, keepdim=True) if lengths is None else _mean_of_first(context, lengths)
-        pooled = self.add_time_condition.attention(query, context, mask).squeeze(1)
-        return time_embed + pooled.to(time_embed.device)
-
-    def _transform(
-        self, sample: torch.Tensor, time_embed: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+        residuals: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
         sample = self.conv_in(sample)
         skips: list[torch.Tensor] = []
@@ -211,38 +184,13 @@ class Kandinsky3UNet(SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
             sample = self._run(block, sample, time_embed, context, mask)
             skips.append(sample)
         skips.pop()  # the lowest level goes straight up
+        if residuals is not None:
+            skips = [skip + residual.to(skip) for skip, residual in zip(skips, residuals, strict=True)]
         for level, block in enumerate(self.up_blocks):
             if level > 0:
                 sample = torch.cat([sample, skips.pop().to(sample.device)], dim=1)
             sample = self._run(block, sample, time_embed, context, mask)
         return self.conv_out(self.conv_act_out(self.conv_norm_out(sample)))
-
-    def _run(self, block: torch.nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)
-
-    def _check_size(self, sample: torch.Tensor) -> None:
-        multiple = 2 ** (len(self.down_blocks) - 1)
-        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
-            raise ValueError(
-                f"`sample` is {sample.shape[-2]} latents high and {sample.shape[-1]} wide; accepted are multiples of "
-                f"{multiple}."
-            )
-
-
-def _additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, projected: bool) -> torch.Tensor | None:
-    """`[batch, 1, tokens]`, to be added to the scores.
-
-    The two ways differ where nothing at all is attended to: stock's is then the softmax of the scores, the original's
-    the mean of the values.
-    """
-    if mask is None:
-        return None
-    if not projected:
-        return ((1 - mask.to(dtype)) * STOCK_MASKED_SCORE).unsqueeze(1)
-    lowest = torch.finfo(dtype).min
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest).unsqueeze(1)
 
 
 def _joined(mask: torch.Tensor | None, regional_mask: torch.Tensor | None) -> torch.Tensor:
@@ -251,10 +199,3 @@ def _joined(mask: torch.Tensor | None, regional_mask: torch.Tensor | None) -> to
             "`regional_hidden_states` needs `encoder_attention_mask` and `regional_attention_mask`; one is None."
         )
     return torch.cat([mask, regional_mask], dim=1)
-
-
-def _mean_of_first(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """`[batch, 1, width]`, the mean of the first `lengths` `[batch]` rows of each sample."""
-    lengths = lengths.to(context.device)[:, None, None]
-    rows = torch.arange(context.shape[1], device=context.device)[None, :, None]
-    return context.masked_fill(rows >= lengths, 0.0).sum(dim=1, keepdim=True) / lengths.to(context.dtype)

@@ -1,4 +1,6 @@
-"""The released Kandinsky 3.0 and 3.1: their files, and the repositories that a conversion makes of them, as data."""
+"""The released Kandinsky 3.0 and 3.1, and the ControlNet for them: their files, and the repositories that a conversion
+makes of them, as data.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from ..conversion.hub_source import published_config, weight_paths
 from ..conversion.matching import Shapes
 from ..conversion.recipe import ConfigComponent, FilesComponent, ModelComponent, Part, Release, Repo, SourceFile
 from . import weights
+from .hed_weights import HED_FILE, HED_REPO
 
 
 INPAINTING = {"dynamic_thresholding_ratio": 0.95, "default_guidance_scale": 4.0}
@@ -208,4 +211,56 @@ RELEASE_31 = _release(
             _scheduler("Kandinsky3AncestralScheduler", **INPAINTING),
         ),
     ),
+)
+
+
+# ------------------------------------------------------------------------------------------------ ControlNet
+CONTROLNET_FOLDER = "unet_controlnet"
+
+
+def _load_controlnet(folder: Path, variant: str | None) -> Any:
+    import torch
+
+    from .controlnet import Kandinsky3ControlNetModel
+
+    return Kandinsky3ControlNetModel.from_pretrained(folder, variant=variant, torch_dtype=torch.float32)
+
+
+def _run_controlnet(controlnet: Any) -> list[Any]:
+    """The residuals for empty latents, an empty text and a grey control image of 64 x 64 pixels."""
+    import torch
+
+    config = controlnet.config
+    latents = torch.zeros(1, config.in_channels, 8, 8)
+    image = torch.full((1, config.conditioning_channels, 64, 64), 0.5)
+    context = torch.zeros(1, 1, config.cross_attention_dim)
+    with torch.no_grad():
+        return list(controlnet(latents, 500, context, None, image, return_dict=False)[0])
+
+
+RELEASE_CONTROLNET = Release(
+    "3-controlnet",
+    "the ControlNet of Kandinsky 3",
+    files=(SourceFile("controlnet", weight_paths(CONTROLNET_FOLDER, "diffusers"), weights.is_controlnet), HED_FILE),
+    repos=(
+        Repo(
+            "kandinsky-3-controlnet-hed",
+            None,
+            main="controlnet",
+            components=(
+                ModelComponent(
+                    "",
+                    "kandinsky_diffusers",
+                    "Kandinsky3ControlNetModel",
+                    parts=(Part("controlnet", weights.controlnet_rules),),
+                    configure=partial(weights.controlnet_config, folder=CONTROLNET_FOLDER),
+                    module="kandinsky_diffusers.k3.controlnet",
+                ),
+            ),
+            smoke=_run_controlnet,
+            load=_load_controlnet,
+        ),
+        HED_REPO,
+    ),
+    left_out={"unet": "it is the UNet of Kandinsky 3.1; convert that release for it"},
 )

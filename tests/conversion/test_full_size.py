@@ -139,6 +139,14 @@ def test_a_head_that_does_not_fit_a_unet_of_kandinsky_3_is_refused_with_a_hint()
         plan(shapes_of("k3_unet.json.gz"), original_config=config)
 
 
+def test_the_controlnet_of_kandinsky_3_has_the_published_sizes():
+    (model,) = plan(shapes_of("k3_controlnet.json.gz"))
+    assert model.component.class_name == "Kandinsky3ControlNetModel"
+    assert model.config["block_out_channels"] == [384, 768, 1536]
+    assert model.config["conditioning_embedding_out_channels"] == [16, 32, 96, 256]
+    assert model.plan.target_shapes.keys() == model.model.state_dict().keys()
+
+
 def test_the_files_of_kandisuperres_together_make_whole_models(tmp_path):
     for name in FILES_SUPERRES:
         (tmp_path / name).symlink_to(INVENTORIES / name)

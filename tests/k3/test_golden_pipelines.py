@@ -153,9 +153,9 @@ def test_golden_preparation_for_inpainting(
 
 
 # ------------------------------------------------------------------------------------------------ the fork
-def fork_states(pipe: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All 128 states, those of padding zero, as the diffusers-based code base of 3.1 makes them."""
-    tokens = pipe.tokenizer(text, padding="max_length", max_length=128, truncation=True, return_tensors="pt")
+def fork_states(pipe: Any, text: str, length: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """All states, those of padding zero, as the diffusers-based code base of 3.1 makes them."""
+    tokens = pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     states = pipe.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     return states * tokens.attention_mask[..., None], tokens.attention_mask
 

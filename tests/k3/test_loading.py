@@ -126,14 +126,17 @@ for auto, repo in (
     pipe = auto.from_pretrained(f"someone/{repo}")
     classes.append([type(part).__name__ for part in (pipe, pipe.unet, pipe.scheduler)])
     assert type(pipe.unet).__module__.startswith("kandinsky_diffusers.")
+pipe.load_ip_adapter("someone/kandinsky-3-ip-adapter")
+classes.append([type(part).__name__ for part in (pipe, pipe.image_encoder, pipe.unet.image_proj[0])])
 print(json.dumps(classes))
 """
 
 
 def test_repositories_on_the_hub_load_with_our_components(
-    converted_30: Path, converted_31: Path, tmp_path: Path
+    converted_30: Path, converted_31: Path, ip_adapter: Path, tmp_path: Path
 ) -> None:
-    folders = [folder for place in (converted_30, converted_31) for folder in place.iterdir() if folder.is_dir()]
+    places = (converted_30, converted_31, ip_adapter.parent)
+    folders = [folder for place in places for folder in place.iterdir() if folder.is_dir()]
     with FakeHub({f"someone/{folder.name}": folder for folder in folders}) as hub:
         run = subprocess.run(
             [sys.executable, "-c", FROM_HUB],
@@ -148,6 +151,7 @@ def test_repositories_on_the_hub_load_with_our_components(
         ["Kandinsky3InpaintPipeline", "Kandinsky3UNet", "Kandinsky3DDPMScheduler"],
         ["Kandinsky3Img2ImgPipeline", "Kandinsky3UNet", "Kandinsky3FlashScheduler"],
         ["Kandinsky3InpaintPipeline", "Kandinsky3UNet", "Kandinsky3AncestralScheduler"],
+        ["Kandinsky3InpaintPipeline", "CLIPVisionModelWithProjection", "ImageProjection"],
     ]
 
 

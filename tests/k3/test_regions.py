@@ -11,7 +11,7 @@ import torch
 
 import kandinsky_diffusers
 from kandinsky_diffusers import Kandinsky3Pipeline, Region
-from kandinsky_diffusers.k3.regions import cross_attentions
+from kandinsky_diffusers.k3.ip_adapter_unet import cross_attentions
 from tests.k3.conftest import TASKS, Refused, float64, seeded
 from tests.support.parity import assert_close, relative_difference
 
@@ -89,15 +89,15 @@ def test_a_picture_of_a_batch_is_the_picture_made_alone(make: Any, inputs: Any, 
 
 def test_the_unet_is_left_as_it_was_even_by_an_error(make: Any, inputs: Any) -> None:
     pipe = make(Kandinsky3Pipeline, "3.1")
-    before = [layer.processor for layer in cross_attentions(pipe.unet)]
+    before = [layer.processor for layer in cross_attentions(pipe.unet).values()]
 
     def stop(*_: Any) -> dict[str, Any]:
-        assert all(layer.processor not in before for layer in cross_attentions(pipe.unet))
+        assert all(layer.processor not in before for layer in cross_attentions(pipe.unet).values())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pipe(**inputs("", regions=[("a lazy dog", LEFT)], callback_on_step_end=stop))
-    assert [layer.processor for layer in cross_attentions(pipe.unet)] == before
+    assert [layer.processor for layer in cross_attentions(pipe.unet).values()] == before
 
 
 @pytest.mark.parametrize(

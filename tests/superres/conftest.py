@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "x2": {"scale": 2},
     "flash": {"scale": 2, "size_multiple": 32, "shrinks_input": True},
 }
-SMALL_WINDOWS: dict[str, Any] = {"window_size": 64, "window_stride": 48, "view_batch_size": 4}
+SMALL_WINDOWS: Any = {"window_size": 64, "window_stride": 48, "view_batch_size": 4}
 NARROW: dict[str, Any] = {
     "init_channels": 8,
     "block_out_channels": (8, 8, 8, 8),

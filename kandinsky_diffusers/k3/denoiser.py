@@ -1,0 +1,103 @@
+"""What UNet and ControlNet of Kandinsky 3.x share: how they take time and text, and how their attention runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from ..attention import MASKING_BACKENDS, DispatchedAttnProcessor, enable_xformers
+from ..inputs import check_choice
+
+
+STOCK_MASKED_SCORE = -10000.0  # what stock adds to the score of a token that is not attended to
+
+
+class DenoiserMixin:
+    """Mixed in before a model with `time_proj`, `time_embedding`, `add_time_condition` and `down_blocks`."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3AttentionPooling", "Kandinsky3ResNetBlock"]
+    _repeated_blocks: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3ResNetBlock"]
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
+    def set_default_attn_processor(self) -> None:
+        """Go back to the attention processors that the model is built with."""
+        self.set_attn_processor(DispatchedAttnProcessor())
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers does, but a backend that cannot take masks, which the text needs, is refused at once.
+
+        Raises:
+            ValueError: `backend` cannot take the masks of this model, or is unknown.
+        """
+        check_choice("backend", backend.lower(), [name.value for name in MASKING_BACKENDS])
+        super().set_attention_backend(backend)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """Run attention on xformers, or no longer; here because `enable_xformers...` of diffusers comes down to it.
+
+        Raises:
+            ValueError: `attention_op` is given; xformers chooses the operator here.
+            ModuleNotFoundError, ValueError: xformers or a CUDA device is missing.
+        """
+        if attention_op is not None:
+            raise ValueError(f"`attention_op` is {attention_op!r}; accepted is None, xformers chooses the operator.")
+        model: Any = self
+        if valid:
+            enable_xformers(model)
+        else:
+            model.reset_attention_backend()
+
+    def _embed_time(self, timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        return self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
+
+    def _pool(
+        self,
+        time_embed: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add what attention, with the mean of the context as its query, finds in the context."""
+        query = context.mean(dim=1, keepdim=True) if lengths is None else _mean_of_first(context, lengths)
+        pooled = self.add_time_condition.attention(query, context, mask).squeeze(1)
+        return time_embed + pooled.to(time_embed.device)
+
+    def _run(self, block: torch.nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
+
+    def _check_size(self, sample: torch.Tensor, halvings: int) -> None:
+        multiple = 2**halvings
+        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
+            raise ValueError(
+                f"`sample` is {sample.shape[-2]} latents high and {sample.shape[-1]} wide; accepted are multiples of "
+                f"{multiple}."
+            )
+
+
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, as_original: bool) -> torch.Tensor | None:
+    """`[batch, 1, tokens]`, to be added to the scores, from a mask `[batch, tokens]` with 1 at tokens.
+
+    The two ways differ where nothing at all is attended to: stock's is then the softmax of the scores, the original's
+    the mean of the values.
+    """
+    if mask is None:
+        return None
+    if not as_original:
+        return ((1 - mask.to(dtype)) * STOCK_MASKED_SCORE).unsqueeze(1)
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest).unsqueeze(1)
+
+
+def _mean_of_first(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`[batch, 1, width]`, the mean of the first `lengths` `[batch]` rows of each sample."""
+    lengths = lengths.to(context.device)[:, None, None]
+    rows = torch.arange(context.shape[1], device=context.device)[None, :, None]
+    return context.masked_fill(rows >= lengths, 0.0).sum(dim=1, keepdim=True) / lengths.to(context.dtype)
