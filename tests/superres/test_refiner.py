@@ -61,6 +61,12 @@ def test_what_the_refiner_sees_does_not_grow_with_the_picture(pipe: Any, monkeyp
     assert {name: max(seen) for name, seen in sides.items()} == {"refiner": 16, "encode": 64, "decode": 8}
 
 
+def test_a_picture_no_larger_than_a_tile_is_decoded_whole(pipe: Any) -> None:
+    whole = draw(pipe, 32, 32)
+    pipe.enable_movq_tiling(64)
+    assert_close(draw(pipe, 32, 32), whole, 1e-6)
+
+
 @pytest.mark.parametrize("tiled", [False, True])
 def test_the_movq_stays_as_the_user_has_set_it(pipe: Any, tiled: bool) -> None:
     if tiled:
