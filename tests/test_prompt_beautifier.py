@@ -80,7 +80,7 @@ def make(components: Any) -> Callable[[str], Any]:
         cls: Any = getattr(kandinsky_diffusers, name)
         prefix = "prior_" if "Prior" in name else ""
         parts = components(PIPELINES[name])
-        names = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+        names = [key for key in inspect.signature(cls.__init__).parameters if prefix + key in parts]
         pipe = cls(**{key: parts[prefix + key] for key in names})
         pipe.set_progress_bar_config(disable=True)
         return pipe
