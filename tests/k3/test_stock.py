@@ -19,7 +19,7 @@ from kandinsky_diffusers import Kandinsky3UNet
 from kandinsky_diffusers.components import adopt
 from tests.k3.conftest import QUICK, SIZE, seeded
 from tests.support.parity import assert_close
-from tests.support.stock import StockProcess
+from tests.support.processes import PythonProcess
 
 
 Make = Callable[..., Any]
@@ -176,7 +176,7 @@ for folder in sys.argv[1:]:
 
 
 def test_kandinsky_3_loads_and_draws_in_stock_without_this_package(
-    converted_30: Path, tmp_path: Path, stock: StockProcess
+    converted_30: Path, tmp_path: Path, stock: PythonProcess
 ) -> None:
     """As the conversion wrote it, and as a pipeline of ours saved it again."""
     repo = converted_30 / "kandinsky-3"
