@@ -50,8 +50,9 @@ def drawn(cls: Any, make: Make, inputs: Any, **changed: Any) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ where stock is right
-@pytest.mark.parametrize("negative", [None, "ugly"])
-@pytest.mark.parametrize("settings", SCHEDULERS, ids=["clipped", "thresholded"])
+@pytest.mark.parametrize(
+    ("settings", "negative"), zip(SCHEDULERS, (None, "ugly"), strict=True), ids=["clipped", "thresholded"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_repo_without_null_embedding_draws_what_stock_draws(
     make: Make, inputs: Any, name: str, settings: dict[str, Any], negative: str | None
