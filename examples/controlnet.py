@@ -57,7 +57,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     for name, picture in (("edges", control), ("controlnet", drawn), ("controlnet-watercolour", again)):
         picture.save(output / f"{name}.png")
-        typer.echo(f"wrote {output / name}.png")
+        typer.echo(f"written: {output / name}.png")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from kandinsky_diffusers import demo
 from kandinsky_diffusers.conversion import ConversionError
 from kandinsky_diffusers.demo import Picture, make_grid, make_input, run_demo
 from tests.support.goldens import GoldenFamily
 
 
 REPOS = {"kandinsky-2-1-prior", "kandinsky-2-1", "kandinsky-2-1-inpaint"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> Iterator[None]:
+    """So that it is over soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "STEPS", 4)
+        patch.setattr(demo, "PRIOR_STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

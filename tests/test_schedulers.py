@@ -95,7 +95,7 @@ def test_unclip_takes_a_single_step_which_gives_the_predicted_embedding() -> Non
 
 
 # ----------------------------------------------------------------------------------------------- every number of steps
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(steps=step_counts)
 @example(1)
 @example(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,14 @@ def test_a_script_is_short_and_listed(script):
     assert script.name in (ROOT / "conversion_scripts" / "README.md").read_text()
 
 
-def test_the_2_1_script_plans_an_inventory():
-    command = [sys.executable, str(ROOT / "conversion_scripts" / "convert_kandinsky_2_1.py"), "--plan"]
+def test_the_2_1_script_plans_an_inventory(monkeypatch, capsys):
+    script = str(ROOT / "conversion_scripts" / "convert_kandinsky_2_1.py")
     inventory = ROOT / "tests" / "data" / "inventory" / "k21_prior_fp16.ckpt.json.gz"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, str(inventory)], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "256 keys make 336 tensors" in result.stdout
+    monkeypatch.setattr(sys, "argv", [script, "--plan", str(inventory)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert not ended.value.code
+    assert "256 keys make 336 tensors" in capsys.readouterr().out
 
 
 def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, tmp_path):
