@@ -26,13 +26,14 @@ def controlnet(converted_controlnet: Path) -> Any:
 def test_golden_text_to_image(
     goldens_controlnet: GoldenFamily, converted_31: Path, controlnet: Any, monkeypatch: pytest.MonkeyPatch, run: str
 ) -> None:
-    """Text is cut after one token of padding, and the empty negative prompt is padded to that length."""
+    """Text is cut after one token of padding, and the negative prompt is cut or padded to that length."""
     case = goldens_controlnet.case("e2e_controlnet")
     pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1", controlnet=controlnet)
     draws = fork_replay(case, pipe, monkeypatch)
     states, mask = fork_states(pipe, case.parameters["prompt"])
     length = min(int(mask.sum()) + 1, mask.shape[1])
-    arguments = fork_arguments(case, pipe, fork_states(pipe, "", length))
+    negative = fork_states(pipe, case.parameters.get("negative_prompt", ""), length)
+    arguments = fork_arguments(case, pipe, negative)
     arguments |= {"prompt_embeds": states[:, :length], "attention_mask": mask[:, :length]}
     settings = case.parameters[run] if run else {"k": 1.0}
     arguments["controlnet_conditioning_scale"] = settings["k"]
@@ -52,7 +53,8 @@ def test_golden_image_to_image(
     encoded, encode = [], pipe.encode_pixels
     monkeypatch.setattr(pipe, "encode_pixels", lambda *given: encoded.append(encode(*given)) or encoded[-1])
     picture = PIL.Image.fromarray(case["image_in_uint8"].numpy())
-    arguments = fork_arguments(case, pipe, fork_states(pipe, ""))
+    negative = fork_states(pipe, case.parameters.get("negative_prompt", ""))
+    arguments = fork_arguments(case, pipe, negative)
     latents = pipe(image=picture, control_image=case["hint"], **arguments).images
     assert not draws.draws
     assert_close(encoded[0], case["init_latents"], SAMPLER, "latents of the picture")

@@ -82,13 +82,19 @@ def test_a_compiled_block_takes_adapters_too(own: Any, ip_adapter: Path) -> None
     block, channels = own.unet.down_blocks[1].attentions[1], own.unet.config.block_out_channels[1]
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     width, time = own.unet.config.cross_attention_dim, torch.randn(1, own.unet.config.time_embedding_dim)
-    sample, text, pictures = torch.randn(1, channels, 4, 4), torch.randn(1, 5, width), torch.randn(1, 4, width)
-    for context in (text, torch.cat([text, pictures], dim=1)):
+    sample, text = torch.randn(1, channels, 4, 4), torch.randn(1, 5, width)
+
+    def check(context: torch.Tensor) -> None:
         given = (sample, time, context, torch.zeros(1, 1, 5))
         assert_close(compiled(*given), block(*given), CLOSE)
+
+    check(text)
+    own.load_ip_adapter(ip_adapter)
+    pictures = torch.randn(1, own.unet.image_proj[0].num_image_text_embeds, width)
+    for scale in (1.0, 0.5):
         own.load_ip_adapter(ip_adapter)
-    own.set_ip_adapter_scale(0.5)
-    assert_close(compiled(*given), block(*given), CLOSE)
+        own.set_ip_adapter_scale(scale)
+        check(torch.cat([text, pictures], dim=1))
 
 
 def test_the_attention_backend_is_that_of_the_pictures_too(own: Any, ip_adapter: Path, picture: Any) -> None:
