@@ -1,7 +1,7 @@
 """Which releases there are: the one file of the engine that names families.
 
 A family's own knowledge lies in its ``variants.py`` and ``weights.py``; here stands only where to find it, and by
-which published file names a folder is told, those of releases that cannot be converted yet included.
+which published file names a folder is told.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ PUBLISHED_PIPELINES = {"2.2": "KandinskyV22"}
 
 # releases that are models in folders without an index: a folder, and the class that its configuration names
 PUBLISHED_MODELS = {"3-ip-adapter": ("unet", "UNetKandi3IpAdapter")}
-
 
 # what belongs to no release, such as a LoRA: functions from the keys of a file to version and part, or None
 OTHER_KINDS = ("kandinsky_diffusers.lora_files:identify_lora",)
