@@ -7,7 +7,7 @@ edges are drawn here; `--edges FILE` takes others, white on black. Of a photo `K
 
     from kandinsky_diffusers import KandinskyHEDDetector
 
-    edges = KandinskyHEDDetector.from_pretrained("repos/kandinsky-3-controlnet-hed/hed_detector")(photo)
+    edges = KandinskyHEDDetector.from_pretrained("repos/kandinsky-hed-detector")(photo)
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.support.fake_hub import FakeHub
 from tests.support.goldens import GoldenFamily, golden_family
+from tests.support.processes import PythonProcess
 from tests.support.release import build_release
-from tests.support.stock import StockProcess
 
 
 Built = Callable[[str, Callable[[Path], Any]], Path]
@@ -56,11 +57,35 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def stock() -> Iterator[StockProcess]:
+def stock() -> Iterator[PythonProcess]:
     """A Python process without this package."""
-    process = StockProcess()
+    process = PythonProcess({"HF_HUB_OFFLINE": "1"}, is_stock=True)
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def on_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, PythonProcess]]:
+    """A Hub without repositories, and a process that fetches from it; use `hub` and `from_hub`."""
+    with FakeHub({}) as hub:
+        process = PythonProcess(hub.environment(tmp_path_factory.mktemp("cache")))
+        yield hub, process
+        process.close()
+
+
+@pytest.fixture
+def hub(on_hub: tuple[FakeHub, PythonProcess]) -> FakeHub:
+    """A Hub to which a test adds repositories."""
+    hub = on_hub[0]
+    hub.repos.clear()
+    hub.requests.clear()
+    return hub
+
+
+@pytest.fixture
+def from_hub(on_hub: tuple[FakeHub, PythonProcess]) -> PythonProcess:
+    """A Python process for which `hub` is the Hub. Its cache is that of all tests: what has a name stays the same."""
+    return on_hub[1]
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from kandinsky_diffusers.components import adopt, stock_identity, view_as
 from kandinsky_diffusers.movq import MoVQ
 from kandinsky_diffusers.prior import CachedPriorTransformer
 from kandinsky_diffusers.schedulers import KandinskyUnCLIPScheduler
-from tests.support.stock import StockProcess
+from tests.support.processes import PythonProcess
 
 
 def small_prior() -> PriorTransformer:
@@ -133,7 +133,7 @@ save_file(dict(model.state_dict()), output)
 
 @models
 def test_a_saved_model_loads_without_us(
-    build: Callable[[], Any], better: type, stock_name: str, tmp_path: Path, stock: StockProcess
+    build: Callable[[], Any], better: type, stock_name: str, tmp_path: Path, stock: PythonProcess
 ) -> None:
     build().save_pretrained(tmp_path / "from stock")
     ours = better.from_pretrained(tmp_path / "from stock")

@@ -7,57 +7,37 @@ model card which files and which further repository to fetch, before any class i
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.fake_hub import FakeHub
+from tests.support.processes import PythonProcess
 
 
 NAMESPACE = "kandinsky-community"
-SOURCE_TREE = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def hub(converted_21: Path) -> Iterator[FakeHub]:
-    repos = {f"{NAMESPACE}/{folder.name}": folder for folder in converted_21.iterdir() if folder.is_dir()}
-    with FakeHub(repos) as hub:
-        yield hub
-
-
-def in_new_process(script: str, environment: dict[str, str], *arguments: str) -> Any:
-    """Run a Python script whose last line of output is JSON, and return what it says."""
-    run = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | environment | {"PYTHONPATH": str(SOURCE_TREE)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(autouse=True)
+def repos(hub: FakeHub, converted_21: Path) -> None:
+    hub.repos |= {f"{NAMESPACE}/{folder.name}": folder for folder in converted_21.iterdir() if folder.is_dir()}
 
 
 DRAW_FROM_HUB = """
-import json, sys
+import sys
 if "with us" in sys.argv:
     import kandinsky_diffusers
 from diffusers import AutoPipelineForText2Image
 pipe = AutoPipelineForText2Image.from_pretrained("kandinsky-community/kandinsky-2-1")
 pipe.set_progress_bar_config(disable=True)
 image = pipe("red cat", num_inference_steps=2, prior_num_inference_steps=2, height=64, width=64).images[0]
-print(json.dumps({"class": type(pipe).__name__, "module": type(pipe).__module__, "size": image.size}))
+result = {"class": type(pipe).__name__, "module": type(pipe).__module__, "size": image.size}
 """
 
 
-def test_text_to_image_by_id_fetches_the_prior_that_the_card_names(hub: FakeHub, tmp_path: Path) -> None:
-    drawn = in_new_process(DRAW_FROM_HUB, hub.environment(tmp_path), "with us")
+def test_text_to_image_by_id_fetches_the_prior_that_the_card_names(hub: FakeHub, from_hub: PythonProcess) -> None:
+    drawn = from_hub.run(DRAW_FROM_HUB, "with us")
 
     assert drawn["class"] == "KandinskyCombinedPipeline"
     assert drawn["module"].startswith("kandinsky_diffusers.")
@@ -66,7 +46,9 @@ def test_text_to_image_by_id_fetches_the_prior_that_the_card_names(hub: FakeHub,
 
 
 def test_stock_diffusers_draws_from_the_same_repositories(hub: FakeHub, tmp_path: Path) -> None:
-    drawn = in_new_process(DRAW_FROM_HUB, hub.environment(tmp_path))
+    stock = PythonProcess(hub.environment(tmp_path), is_stock=True)
+    drawn = stock.run(DRAW_FROM_HUB)
+    stock.close()
 
     assert drawn["class"] == "KandinskyCombinedPipeline"
     assert drawn["module"].startswith("diffusers.")
@@ -74,7 +56,7 @@ def test_stock_diffusers_draws_from_the_same_repositories(hub: FakeHub, tmp_path
 
 
 LOAD_COMPONENT = """
-import json, sys
+import sys
 import kandinsky_diffusers
 from diffusers import DiffusionPipeline
 
@@ -83,12 +65,12 @@ def describe(name):
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     return {"class": type(scheduler).__name__, "module": type(scheduler).__module__, "config": config}
 
-print(json.dumps([describe(name) for name in sys.argv[1:]]))
+result = [describe(name) for name in sys.argv[1:]]
 """
 
 
 def test_component_of_this_package_loads_by_id_and_from_a_folder(
-    hub: FakeHub, converted_21: Path, tmp_path: Path
+    hub: FakeHub, from_hub: PythonProcess, converted_21: Path, tmp_path: Path
 ) -> None:
     repo = shutil.copytree(converted_21 / "kandinsky-2-1", tmp_path / "ancestral")
     shutil.rmtree(repo / "scheduler")
@@ -98,9 +80,7 @@ def test_component_of_this_package_loads_by_id_and_from_a_folder(
     (repo / "model_index.json").write_text(json.dumps(index))
     hub.repos["someone/ancestral"] = repo
 
-    by_id, by_folder = in_new_process(
-        LOAD_COMPONENT, hub.environment(tmp_path / "cache"), "someone/ancestral", str(repo)
-    )
+    by_id, by_folder = from_hub.run(LOAD_COMPONENT, "someone/ancestral", repo)
 
     assert by_id == by_folder
     assert by_id["class"] == "KandinskyAncestralScheduler"

@@ -16,7 +16,7 @@ from diffusers.pipelines import auto_pipeline, kandinsky, kandinsky2_2, kandinsk
 
 import kandinsky_diffusers
 from kandinsky_diffusers import KandinskyAncestralScheduler, KandinskyPipeline, registry
-from tests.support.stock import StockProcess
+from tests.support.processes import PythonProcess
 
 
 AUTO = {
@@ -145,7 +145,7 @@ assert all(not type(part).__module__.startswith("kandinsky_diffusers") for part 
 
 @pytest.mark.parametrize("repo", ["kandinsky-2-1", "kandinsky-2-1-inpaint", "kandinsky-2-1-prior"])
 def test_what_is_saved_loads_without_this_package(
-    converted_21: Path, tmp_path: Path, stock: StockProcess, repo: str
+    converted_21: Path, tmp_path: Path, stock: PythonProcess, repo: str
 ) -> None:
     diffusers.DiffusionPipeline.from_pretrained(converted_21 / repo).save_pretrained(tmp_path / repo)
     stock.run(LOAD_IN_STOCK, tmp_path / repo)

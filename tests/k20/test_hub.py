@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.support.fake_hub import FakeHub
-from tests.test_hub_loading import in_new_process
+from tests.support.processes import PythonProcess
 
 
 LOAD_FROM_HUB = """
-import json
 import kandinsky_diffusers
 import diffusers
 repos = {"Text2Image": "kandinsky-2-0", "Image2Image": "kandinsky-2-0", "Inpainting": "kandinsky-2-0-inpaint"}
@@ -17,15 +16,13 @@ pipes = {
     task: getattr(diffusers, f"AutoPipelineFor{task}").from_pretrained(f"somebody/{repo}")
     for task, repo in repos.items()
 }
-print(json.dumps({task: type(pipe).__name__ for task, pipe in pipes.items()}))
+result = {task: type(pipe).__name__ for task, pipe in pipes.items()}
 """
 
 
-def test_the_auto_pipelines_load_by_id(converted_20: Path, tmp_path: Path) -> None:
-    repos = {f"somebody/{folder.name}": folder for folder in converted_20.iterdir() if folder.is_dir()}
-    with FakeHub(repos) as hub:
-        loaded = in_new_process(LOAD_FROM_HUB, hub.environment(tmp_path))
-    assert loaded == {
+def test_the_auto_pipelines_load_by_id(converted_20: Path, hub: FakeHub, from_hub: PythonProcess) -> None:
+    hub.repos |= {f"somebody/{folder.name}": folder for folder in converted_20.iterdir() if folder.is_dir()}
+    assert from_hub.run(LOAD_FROM_HUB) == {
         "Text2Image": "KandinskyV20Pipeline",
         "Image2Image": "KandinskyV20Img2ImgPipeline",
         "Inpainting": "KandinskyV20InpaintPipeline",

@@ -16,7 +16,7 @@ from diffusers.pipelines import kandinsky
 
 import kandinsky_diffusers
 from tests.k21.conftest import QUICK, SIZE, seeded
-from tests.support.stock import StockProcess
+from tests.support.processes import PythonProcess
 
 
 Make = Callable[..., Any]
@@ -291,7 +291,7 @@ def test_a_decoder_folder_finds_the_prior_beside_it(without_cards: Path) -> None
 
 
 @pytest.mark.xfail(strict=True)
-def test_a_decoder_folder_finds_the_prior_beside_it_in_stock(without_cards: Path, stock: StockProcess) -> None:
+def test_a_decoder_folder_finds_the_prior_beside_it_in_stock(without_cards: Path, stock: PythonProcess) -> None:
     stock.run(LOAD_LOCAL, without_cards)
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,10 @@ import kandinsky_diffusers
 from tests.k22.conftest import REPOS, seeded
 from tests.support.fake_hub import FakeHub
 from tests.support.parity import assert_same_picture
-from tests.support.stock import StockProcess
+from tests.support.processes import PythonProcess
 
 
 Make = Callable[..., Any]
-SOURCE_TREE = Path(__file__).resolve().parents[2]
 TASKS = [
     (AutoPipelineForText2Image, "kandinsky-2-2-decoder", "KandinskyV22CombinedPipeline"),
     (AutoPipelineForImage2Image, "kandinsky-2-2-decoder", "KandinskyV22Img2ImgCombinedPipeline"),
@@ -105,7 +100,7 @@ combined("a cat", num_inference_steps=2, prior_num_inference_steps=2, height=64,
 
 
 def test_what_is_saved_loads_and_draws_without_this_package(
-    repos_22: Path, make: Make, tmp_path: Path, stock: StockProcess
+    repos_22: Path, make: Make, tmp_path: Path, stock: PythonProcess
 ) -> None:
     folders = [tmp_path / repo for repo in REPOS] + [tmp_path / "combined"]
     for folder in folders[:-1]:
@@ -115,34 +110,27 @@ def test_what_is_saved_loads_and_draws_without_this_package(
 
 
 FROM_HUB = """
-import json
 import kandinsky_diffusers
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
 classes = []
 for auto, repo in ((AutoPipelineForImage2Image, "decoder"), (AutoPipelineForText2Image, "controlnet-depth")):
     pipe = auto.from_pretrained(f"kandinsky-community/kandinsky-2-2-{repo}")
     classes.append([type(pipe).__module__.split(".")[0], type(pipe).__name__, pipe.prior_prior is not None])
-print(json.dumps(classes))
+result = classes
 """
 
 
-def test_repositories_on_the_hub_fetch_the_prior_that_their_card_names(repos_22: Path, tmp_path: Path) -> None:
+def test_repositories_on_the_hub_fetch_the_prior_that_their_card_names(
+    repos_22: Path, hub: FakeHub, from_hub: PythonProcess, tmp_path: Path
+) -> None:
     prior = "kandinsky-community/kandinsky-2-2-prior"
     repos = {prior: repos_22 / "kandinsky-2-2-prior"}
     for short in ("decoder", "controlnet-depth"):
         folder = shutil.copytree(repos_22 / f"kandinsky-2-2-{short}", tmp_path / short)
         (folder / "README.md").write_text(f"---\nprior:\n- {prior}\ntags:\n- kandinsky\n---\n")
         repos[f"kandinsky-community/kandinsky-2-2-{short}"] = folder
-    with FakeHub(repos) as hub:
-        run = subprocess.run(
-            [sys.executable, "-c", FROM_HUB],
-            env=os.environ | hub.environment(tmp_path / "cache") | {"PYTHONPATH": str(SOURCE_TREE)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == [
+    hub.repos |= repos
+    assert from_hub.run(FROM_HUB) == [
         ["kandinsky_diffusers", "KandinskyV22Img2ImgCombinedPipeline", True],
         ["kandinsky_diffusers", "KandinskyV22ControlnetCombinedPipeline", True],
     ]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +24,9 @@ from kandinsky_diffusers import (
 from tests.k3.conftest import QUICK, REPOS, seeded
 from tests.support.fake_hub import FakeHub
 from tests.support.parity import assert_close
+from tests.support.processes import PythonProcess
 
 
-SOURCE_TREE = Path(__file__).resolve().parents[2]
 AUTO = {
     "Kandinsky3Pipeline": AutoPipelineForText2Image,
     "Kandinsky3Img2ImgPipeline": AutoPipelineForImage2Image,
@@ -113,7 +110,6 @@ def test_in_half_precision_the_movq_stays_in_float32(repo: Any, name: str, dtype
 
 
 FROM_HUB = """
-import json
 import kandinsky_diffusers
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 classes = []
@@ -128,25 +124,17 @@ for auto, repo in (
     assert type(pipe.unet).__module__.startswith("kandinsky_diffusers.")
 pipe.load_ip_adapter("someone/kandinsky-3-ip-adapter")
 classes.append([type(part).__name__ for part in (pipe, pipe.image_encoder, pipe.unet.image_proj[0])])
-print(json.dumps(classes))
+result = classes
 """
 
 
 def test_repositories_on_the_hub_load_with_our_components(
-    converted_30: Path, converted_31: Path, ip_adapter: Path, tmp_path: Path
+    converted_30: Path, converted_31: Path, ip_adapter: Path, hub: FakeHub, from_hub: PythonProcess
 ) -> None:
     places = (converted_30, converted_31, ip_adapter.parent)
     folders = [folder for place in places for folder in place.iterdir() if folder.is_dir()]
-    with FakeHub({f"someone/{folder.name}": folder for folder in folders}) as hub:
-        run = subprocess.run(
-            [sys.executable, "-c", FROM_HUB],
-            env=os.environ | hub.environment(tmp_path) | {"PYTHONPATH": str(SOURCE_TREE)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1]) == [
+    hub.repos |= {f"someone/{folder.name}": folder for folder in folders}
+    assert from_hub.run(FROM_HUB) == [
         ["Kandinsky3Pipeline", "Kandinsky3UNet", "Kandinsky3DDPMScheduler"],
         ["Kandinsky3InpaintPipeline", "Kandinsky3UNet", "Kandinsky3DDPMScheduler"],
         ["Kandinsky3Img2ImgPipeline", "Kandinsky3UNet", "Kandinsky3FlashScheduler"],

@@ -19,7 +19,7 @@ from kandinsky_diffusers import Kandinsky3UNet
 from kandinsky_diffusers.components import adopt
 from tests.k3.conftest import QUICK, SIZE, seeded
 from tests.support.parity import assert_close
-from tests.support.stock import StockProcess
+from tests.support.processes import PythonProcess
 
 
 Make = Callable[..., Any]
@@ -50,8 +50,9 @@ def drawn(cls: Any, make: Make, inputs: Any, **changed: Any) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------ where stock is right
-@pytest.mark.parametrize("negative", [None, "ugly"])
-@pytest.mark.parametrize("settings", SCHEDULERS, ids=["clipped", "thresholded"])
+@pytest.mark.parametrize(
+    ("settings", "negative"), zip(SCHEDULERS, (None, "ugly"), strict=True), ids=["clipped", "thresholded"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_repo_without_null_embedding_draws_what_stock_draws(
     make: Make, inputs: Any, name: str, settings: dict[str, Any], negative: str | None
@@ -176,7 +177,7 @@ for folder in sys.argv[1:]:
 
 
 def test_kandinsky_3_loads_and_draws_in_stock_without_this_package(
-    converted_30: Path, tmp_path: Path, stock: StockProcess
+    converted_30: Path, tmp_path: Path, stock: PythonProcess
 ) -> None:
     """As the conversion wrote it, and as a pipeline of ours saved it again."""
     repo = converted_30 / "kandinsky-3"

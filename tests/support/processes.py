@@ -1,8 +1,9 @@
-"""A Python process in which this package is not imported, shared by the tests of a session.
+"""Python processes that the tests of a session share.
 
-Importing diffusers and transformers takes seconds, and a dozen tests look at what stock diffusers makes of a repo.
-Run as a module this file is the process: it reads requests from its standard input, a JSON list of code and arguments
-in a line, and answers each with a line, the result or the traceback.
+Importing diffusers and transformers takes seconds; some tests look at what stock diffusers makes of a repository where
+this package is missing, others at what is loaded from a Hub, whose address is read at import. Run as a module this
+file is such a process: it reads requests from its standard input, a JSON list of code and arguments in a line, and
+answers each with a line, the result or the traceback.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +22,35 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "kandinsky_diffusers"
 
 
-class StockProcess:
-    """The process, started when it is first used."""
+class PythonProcess:
+    """A process, started when it is first used.
 
-    def __init__(self) -> None:
+    Args:
+        environment: what it has beside the environment of the tests.
+        is_stock: whether this package must not be imported in it.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None, is_stock: bool = False) -> None:
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+        self._is_stock = is_stock
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, code: str, *arguments: Any) -> Any:
         """What `code` has left in its variable `result`; `sys.argv[1:]` are the arguments, as strings.
 
         Raises:
-            AssertionError: it has raised, or has imported this package.
+            AssertionError: it has raised, or has imported this package where it must not.
         """
         if self._process is None:
-            environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             command = [sys.executable, "-m", __name__]
-            self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
+            self._process = subprocess.Popen(command, env=self._environment, text=True, **pipes)
         process: Any = self._process
         process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
         process.stdin.flush()
         answer = json.loads(process.stdout.readline())
         assert "error" not in answer, answer["error"]
+        assert not (self._is_stock and answer["has_package"]), f"{PACKAGE} was imported"
         return answer["result"]
 
     def close(self) -> None:
@@ -55,7 +64,7 @@ def _serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         code, *arguments = json.loads(line)
-        sys.argv = ["stock", *arguments]
+        sys.argv = ["code", *arguments]
         answers.write(json.dumps(_answer(code)) + "\n")
         answers.flush()
 
@@ -66,9 +75,8 @@ def _answer(code: str) -> dict[str, Any]:
         exec(code, variables)
     except Exception:  # noqa: BLE001 (whatever it is, the test is told)
         return {"error": traceback.format_exc()}
-    if any(name.split(".")[0] == PACKAGE for name in sys.modules):
-        return {"error": f"{PACKAGE} was imported"}
-    return {"result": variables.get("result")}
+    has_package = any(name.split(".")[0] == PACKAGE for name in sys.modules)
+    return {"result": variables.get("result"), "has_package": has_package}
 
 
 if __name__ == "__main__":
