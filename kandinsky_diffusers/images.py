@@ -188,41 +188,42 @@ def grow_repainted(keep_mask: torch.Tensor) -> torch.Tensor:
     return 1.0 - grown
 
 
-def hints_from(hints: Images, height: int, width: int, name: str = "hint") -> torch.Tensor:
-    """Depth maps, or other control images, as float32 `[batch, 3, height, width]` in [0, 1].
+def hints_from(hints: Images, height: int, width: int, name: str = "hint", channels: int = 3) -> torch.Tensor:
+    """Depth maps, or other control images, as float32 `[batch, channels, height, width]` in [0, 1].
 
-    Accepted is what [`pixels_from`] accepts, and maps of one channel: grey PIL pictures, `[h, w]`, `[h, w, 1]` or
-    `[1, h, w]`. Floats are taken as they are, and must lie in [0, 1]; bytes count to 255, larger integers to 65535.
+    Accepted is what [`pixels_from`] accepts, of as many channels, and maps of one channel: grey PIL pictures,
+    `[h, w]`, `[h, w, 1]` or `[1, h, w]`. Floats are taken as they are, and must lie in [0, 1]; bytes count to 255,
+    larger integers to 65535.
 
     Raises:
         TypeError, ValueError: see [`pixels_from`].
     """
-    return torch.cat([_hint_of(hint, height, width, name) for hint in as_list(hints, name)])
+    values = [_hint_values(hint, name, channels) for hint in as_list(hints, name)]
+    return torch.cat([_resized_hint(hint, height, width) for hint in values])
 
 
-def hint_size(hints: Images, name: str = "hint") -> tuple[int, int]:
+def hint_size(hints: Images, name: str = "hint", channels: int = 3) -> tuple[int, int]:
     """Height and width of what [`hints_from`] takes, of the first of several.
 
     Raises:
         TypeError, ValueError: see [`pixels_from`].
     """
-    height, width = _hint_values(as_list(hints, name)[0], name).shape[-2:]
+    height, width = _hint_values(as_list(hints, name)[0], name, channels).shape[-2:]
     return height, width
 
 
-def _hint_of(hint: Image, height: int, width: int, name: str) -> torch.Tensor:
-    values = _hint_values(hint, name)
+def _resized_hint(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if values.shape[-2:] != (height, width):
         values = F.interpolate(values, (height, width), mode="bilinear", antialias=True)
     return values
 
 
-def _hint_values(hint: Image, name: str) -> torch.Tensor:
+def _hint_values(hint: Image, name: str, channels: int) -> torch.Tensor:
     if isinstance(hint, PIL.Image.Image):
-        hint = np.array(hint if hint.mode.startswith(("I", "F")) else hint.convert("RGB"))
+        hint = np.array(hint if hint.mode.startswith(("I", "F")) else hint.convert("L" if channels == 1 else "RGB"))
     last_is_one = isinstance(hint, np.ndarray) and hint.shape[-1] == 1
     single = hint.ndim < 3 or last_is_one or hint.shape[-3] == 1
-    values = _as_batch(hint, channels=1 if single else 3, name=name).expand(-1, 3, -1, -1)
+    values = _as_batch(hint, channels=1 if single else channels, name=name).expand(-1, channels, -1, -1)
     if not _is_floating(hint):
         kind = str(hint.dtype).removeprefix("torch.")
         values = values / {"bool": 1.0, "uint8": 255.0}.get(kind, 65535.0)

@@ -96,7 +96,7 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
 
     def _default_size(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         name, control_image = self._control_image(arguments)
-        return hint_size(control_image, name)
+        return hint_size(control_image, name, self.controlnet.config.conditioning_channels)
 
     def _control_image(self, arguments: Mapping[str, Any]) -> tuple[str, Any]:
         """The control image, and the name of the argument that it was given as."""
@@ -111,11 +111,14 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
         _check_interval(arguments["control_guidance_start"], arguments["control_guidance_end"])
         name, control_image = self._control_image(arguments)
         call = super()._check(arguments)
-        hint = hints_from(control_image, *call.batch.size, name=name)
+        hint = self._hint(control_image, call.batch.size, name)
         call.batch.expand(hint, name)
         scale = scales_from(call[SCALE], *call.batch.size, name=SCALE)
         call.batch.expand(scale, SCALE)
         return replace(call, hint=hint, arguments={**call.arguments, SCALE: scale})
+
+    def _hint(self, control_image: Images, size: tuple[int, int], name: str) -> torch.Tensor:
+        return hints_from(control_image, *size, name=name, channels=self.controlnet.config.conditioning_channels)
 
     def _check_controlnet(self) -> None:
         of_unet, own = self.unet.config, self.controlnet.config
@@ -249,7 +252,7 @@ class Kandinsky3ControlNetInpaintPipeline(Kandinsky3InpaintPipeline, Kandinsky3C
             return call
         whole = crop.image.height, crop.image.width
         left, top, right, bottom = crop.box
-        hint = hints_from(arguments["control_image"], *whole, name="control_image")[..., top:bottom, left:right]
+        hint = self._hint(arguments["control_image"], whole, "control_image")[..., top:bottom, left:right]
         scale = scales_from(arguments[SCALE], *whole, name=SCALE)
         if scale.shape[-2:] == whole:
             scale = scales_from(scale[..., top:bottom, left:right], *call.batch.size, name=SCALE)

@@ -114,6 +114,21 @@ def test_the_control_image_may_have_another_name_and_other_forms(build: Any, dra
         assert_close(draw(pipe, **given), expected, 1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_controlnet_may_look_at_another_number_of_channels(
+    make: Any, draw: Any, edges: Any, components: Any, monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    model: Any = Kandinsky3ControlNetModel.from_unet(components("3.1")["unet"], conditioning_channels=channels)
+    calls = calls_of(model, monkeypatch)
+    pipe = make(Kandinsky3ControlNetPipeline, "3.1", controlnet=model)
+    grey = torch.from_numpy(np.asarray(edges) / 255.0).float()
+    for image in (grey, grey.expand(channels, -1, -1), *([edges, edges.convert("RGB")] if channels == 1 else [])):
+        draw(pipe, control_image=image, num_inference_steps=1)
+        assert torch.equal(calls[-1]["control_image"], grey.expand(1, channels, -1, -1))
+    with pytest.raises(ValueError, match="`control_image` has"):
+        draw(pipe, control_image=torch.rand(3, 64, 64))
+
+
 def test_of_an_inpainting_unet_the_control_sees_the_latents_alone(
     build: Any, draw: Any, controlnet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
