@@ -113,7 +113,7 @@ def test_what_fits_into_a_tile_is_not_cut(movq: MoVQ, stock: VQModel, size: tupl
     assert_equals_stock(movq, stock, pixels(*size), latents(size[0] // SCALE, size[1] // SCALE))
 
 
-@pytest.mark.parametrize("size", [(64, 32), (33, 70), (40, 100), (63, 31), (10, 130), (67, 65)])
+@pytest.mark.parametrize("size", [(64, 32), (33, 70), (10, 130), (67, 65)])
 def test_tiled_sizes_are_those_of_the_whole(movq: MoVQ, stock: VQModel, size: tuple[int, int]) -> None:
     image = pixels(*size)
     code = stock.encode(image).latents

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from huggingface_hub import ModelCard
 
 from kandinsky_diffusers.conversion.releases import releases
 from kandinsky_diffusers.hub import render_card
-from tests.support.fake_hub import FakeHub
 
 
 ROOT = Path(__file__).parents[2]
@@ -36,23 +33,20 @@ def test_the_2_1_script_plans_an_inventory(monkeypatch, capsys):
     assert "256 keys make 336 tensors" in capsys.readouterr().out
 
 
-def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, tmp_path):
-    config = ["--original-config", str(goldens_21.path / "hyperparameters.json")]
-    command = [
-        sys.executable,
-        "-m",
-        "kandinsky_diffusers.cli",
-        "convert",
-        "someone/Kandinsky_2.1",
-        str(tmp_path / "out"),
-    ]
-    with FakeHub({"someone/Kandinsky_2.1": release_21, "someone/clip": release_21 / "clip"}) as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [*command, "--clip", "someone/clip", *config], env=environment, capture_output=True, text=True, check=False
-        )
-    assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "out").iterdir())) == 3
+CONVERT_FROM_HUB = """
+import sys
+from kandinsky_diffusers.conversion import convert
+output, config = sys.argv[1:]
+report = convert("someone/Kandinsky_2.1", output, clip="someone/clip", original_config=config)
+result = [repo.name for repo in report.repos]
+"""
+
+
+def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, hub, from_hub, tmp_path):
+    hub.repos |= {"someone/Kandinsky_2.1": release_21, "someone/clip": release_21 / "clip"}
+    written = from_hub.run(CONVERT_FROM_HUB, tmp_path / "out", goldens_21.path / "hyperparameters.json")
+    assert written == ["kandinsky-2-1-prior", "kandinsky-2-1", "kandinsky-2-1-inpaint"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(written)
 
 
 FACTS = {
