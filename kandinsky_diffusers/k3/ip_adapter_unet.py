@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import ImageProjection
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
 from ..attention import ImageAttention, IPAdapterAttnProcessor
@@ -84,6 +86,7 @@ class IPAdapterUNetMixin:
             if not isinstance(layer.processor, IPAdapterAttnProcessor):
                 layer.set_processor(adapters.with_text(layer.processor))
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look for what it can be told, such as a variant
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As diffusers does; loaded IP-Adapters are not part of the model, and are left out."""
         if self.image_proj is not None:

@@ -76,6 +76,15 @@ def test_what_is_saved_is_loaded_again(repo: Any, tmp_path: Path, kind: str) -> 
         assert after[part] == before[part]
 
 
+def test_a_variant_is_saved_and_loaded(repo: Any, tmp_path: Path) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(repo("3.1"), dtype=torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    for model in ("unet", "movq", "text_encoder"):
+        assert [".fp16." in path.name for path in (tmp_path / model).glob("*.safetensors")] == [True]
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert torch.equal(again.unet.conv_in.weight, pipe.unet.conv_in.weight)
+
+
 def test_the_index_names_stock_where_stock_can_run_it(repo: Any) -> None:
     index = {kind: json.loads((repo(kind) / "model_index.json").read_text()) for kind in REPOS}
     assert index["3.0"]["scheduler"] == ["diffusers", "DDPMScheduler"]
