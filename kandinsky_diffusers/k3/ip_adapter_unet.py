@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import ImageProjection
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
 from ..attention import ImageAttention, IPAdapterAttnProcessor
@@ -86,13 +85,33 @@ class IPAdapterUNetMixin:
             if not isinstance(layer.processor, IPAdapterAttnProcessor):
                 layer.set_processor(adapters.with_text(layer.processor))
 
-    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look for what it can be told, such as a variant
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable[..., None] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As diffusers does; loaded IP-Adapters are not part of the model, and are left out."""
         if self.image_proj is not None:
             logger.warning("The UNet is saved without its IP-Adapters; `load_ip_adapter` brings them back.")
         with self._without_ip_adapters():
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(
+                save_directory,
+                is_main_process,
+                save_function,
+                safe_serialization,
+                variant,
+                max_shard_size,
+                push_to_hub,
+                use_flashpack,  # all named, for pipelines look for them in the signature
+                **kwargs,
+            )
 
     @contextmanager
     def _without_ip_adapters(self) -> Iterator[None]:
