@@ -57,9 +57,9 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def stock() -> Iterator[PythonProcess]:
-    """A Python process without this package."""
-    process = PythonProcess({"HF_HUB_OFFLINE": "1"}, is_stock=True)
+def stock(on_hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonProcess]:
+    """A Python process without this package; `hub` is the Hub for it."""
+    process = PythonProcess(on_hub[0].environment(tmp_path_factory.mktemp("cache")), is_stock=True)
     yield process
     process.close()
 

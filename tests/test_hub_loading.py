@@ -45,10 +45,8 @@ def test_text_to_image_by_id_fetches_the_prior_that_the_card_names(hub: FakeHub,
     assert any(f"{NAMESPACE}/kandinsky-2-1-prior/resolve" in request for request in hub.requests)
 
 
-def test_stock_diffusers_draws_from_the_same_repositories(hub: FakeHub, tmp_path: Path) -> None:
-    stock = PythonProcess(hub.environment(tmp_path), is_stock=True)
+def test_stock_diffusers_draws_from_the_same_repositories(stock: PythonProcess) -> None:
     drawn = stock.run(DRAW_FROM_HUB)
-    stock.close()
 
     assert drawn["class"] == "KandinskyCombinedPipeline"
     assert drawn["module"].startswith("diffusers.")

@@ -40,7 +40,6 @@ LATENT = {**QUICK, "output_type": "latent"}
     ("task", "scheduler", "negative"),
     [
         ("text2image", "ddim", None),
-        ("text2image", "ddim", "ugly"),
         ("text2image", "ancestral", ["ugly", "grey"]),
         ("image2image", "ddim", ["ugly", "grey"]),
         ("image2image", "ancestral", None),

@@ -33,7 +33,6 @@ LIST = ["ugly", "a picture of low quality", "a cat"]
 @pytest.mark.parametrize(
     ("name", "kind", "negative"),
     [
-        ("Kandinsky3Pipeline", "3.0", "ugly"),
         ("Kandinsky3Pipeline", "3.1", None),
         ("Kandinsky3Pipeline", "3.1 inpaint", LIST),
         ("Kandinsky3Img2ImgPipeline", "flash", None),
@@ -57,7 +56,7 @@ def test_a_picture_of_a_batch_is_the_picture_made_alone(
         assert_close(together[number], alone[0], 1e-5, f"picture {number}")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TASKS[:2])
 def test_without_a_null_embedding_too(make: Make, inputs: Any, name: str) -> None:
     pipe = float64(make(getattr(kandinsky_diffusers, name), "stock"))
     together = pipe(**inputs(name, prompt=PROMPTS, num_images_per_prompt=2), generator=seeded(*range(6))).images
