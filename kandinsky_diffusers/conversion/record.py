@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..hub import package_version, render_card
+from ..cards import package_version, render_card
 from .planning import ModelPlan
 from .recipe import Inputs, ModelComponent, Release, Repo
 from .repository import Output

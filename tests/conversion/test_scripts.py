@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from kandinsky_diffusers.cards import render_card
 from kandinsky_diffusers.conversion.releases import releases
-from kandinsky_diffusers.hub import render_card
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Model cards."""
+"""Model cards: their templates, filled with the facts of a conversion."""
 
 from __future__ import annotations
 

@@ -1,35 +1,22 @@
-"""The command line: ``kandinsky-diffusers convert | inspect | demo``."""
+"""Commands that convert original checkpoints, or look at them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .hub import by_reason
+from ..cards import by_reason
+from .console import Bar, bars_on_stderr, plain_errors
 
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-
-    from .conversion import FileReport, ModelPlan
+    from ..conversion import FileReport, ModelPlan
 
 
-app = typer.Typer(
-    name="kandinsky-diffusers",
-    help="Kandinsky in diffusers: conversion of original checkpoints, and a demonstration.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
-
-
-@app.command()
 def convert(
     source: Annotated[
         str,
@@ -67,9 +54,9 @@ def convert(
     verify: Annotated[bool, typer.Option("--verify", help="Read back, compare bit for bit, run once.")] = False,
 ) -> None:
     """Turn an original release into repositories that load with from_pretrained."""
-    from . import conversion
+    from .. import conversion
 
-    with _plain_errors():
+    with plain_errors():
         if plan:
             found, plans = conversion.plan_source(
                 source,
@@ -85,7 +72,7 @@ def convert(
             return
         if output is None:
             raise conversion.ConversionError("The argument OUTPUT is missing; only --plan does without.")
-        with _bars() as bars:
+        with bars_on_stderr() as bars:
             report = conversion.convert(
                 source,
                 output,
@@ -102,7 +89,7 @@ def convert(
                 link_shared=link_shared,
                 overwrite=overwrite,
                 verify=verify,
-                progress=lambda **options: _Bar(bars, **options),
+                progress=lambda **options: Bar(bars, **options),
             )
     for name, reason in report.skipped.items():
         typer.echo(f"left out: {name}, because {reason}")
@@ -113,72 +100,22 @@ def convert(
         typer.echo(f"{'verified' if verify else 'written'}:  {path}")
 
 
-@app.command()
 def inspect(
     place: Annotated[Path, typer.Argument(help="Weight file, inventory, or folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what files are: version, part, dtype, parameters, SHA-256."""
-    from .conversion import inspect as describe
-    from .conversion.inspection import weight_files
+    from ..conversion import inspect as describe
+    from ..conversion.inspection import weight_files
 
-    with _plain_errors(), _bars() as bars:
-        bar = _Bar(bars, total=sum(path.stat().st_size for path in weight_files(place)), desc="reading")
+    with plain_errors(), bars_on_stderr() as bars:
+        bar = Bar(bars, total=sum(path.stat().st_size for path in weight_files(place)), desc="reading")
         reports = describe(place, bar.update)
         bar.close()
     if as_json:
         typer.echo(json.dumps([{**asdict(report), "path": str(report.path)} for report in reports], indent=2))
     else:
         _show_files(reports, place)
-
-
-@app.command()
-def demo(
-    release: Annotated[Path, typer.Argument(help="Folder of a (small) Kandinsky 2.1 release.")],
-    output: Annotated[Path, typer.Argument(help="Where to leave repositories and pictures.")] = Path("demo_output"),
-) -> None:
-    """Convert a release, load it with AutoPipeline, and draw."""
-    from .demo import run_demo
-
-    with _plain_errors(), _bars() as bars:
-        grid = run_demo(release, output, progress=lambda **options: _Bar(bars, **options))
-    typer.echo(f"drawn: {grid}")
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Errors of the user's making become one message and the exit code 1."""
-    from .conversion import ConversionError
-
-    try:
-        yield
-    except (ConversionError, FileNotFoundError, FileExistsError) as error:
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def _bars() -> Iterator[RichProgress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        yield bars
-
-
-class _Bar:
-    """A bar of rich behind the part of tqdm's interface that the library uses."""
-
-    def __init__(self, bars: RichProgress, *, total: int, desc: str, **_: Any) -> None:
-        self._bars = bars
-        self._task = bars.add_task(desc, total=total)
-
-    def update(self, n: int) -> None:
-        self._bars.advance(self._task, n)
-
-    def close(self) -> None:
-        self._bars.stop_task(self._task)
 
 
 def _show_plans(plans: list[ModelPlan], ignored: tuple[str, ...]) -> None:
@@ -209,7 +146,3 @@ def _show_files(reports: list[FileReport], place: Path) -> None:
         name = report.path.relative_to(place) if place.is_dir() else report.path.name
         table.add_row(f"{name}\n{report.sha256}", *kind, f"{report.parameters:,}", f"{report.size:,}")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    app()

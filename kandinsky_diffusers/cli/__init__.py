@@ -1,0 +1,22 @@
+"""The command line: ``kandinsky-diffusers convert | inspect | demo``.
+
+Each command is a function of the library behind a few lines that read arguments and show results.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .conversion import convert, inspect
+from .drawing import demo
+
+
+app = typer.Typer(
+    name="kandinsky-diffusers",
+    help="Kandinsky in diffusers: conversion of original checkpoints, and a demonstration.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+for command in (convert, inspect, demo):
+    app.command()(command)

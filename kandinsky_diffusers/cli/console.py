@@ -1,0 +1,52 @@
+"""What the commands share: errors in one line, and progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors of the user's making become one message and the exit code 1."""
+    from ..conversion import ConversionError
+
+    try:
+        yield
+    except (ConversionError, FileNotFoundError, FileExistsError) as error:
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def bars_on_stderr() -> Iterator[RichProgress]:
+    """Progress bars for bytes; give them to [`Bar`]."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield bars
+
+
+class Bar:
+    """A bar of rich behind the part of tqdm's interface that the library uses."""
+
+    def __init__(self, bars: RichProgress, *, total: int, desc: str, **_: Any) -> None:
+        self._bars = bars
+        self._task = bars.add_task(desc, total=total)
+
+    def update(self, n: int) -> None:
+        """Advance by `n` bytes."""
+        self._bars.advance(self._task, n)
+
+    def close(self) -> None:
+        """Stop its clock."""
+        self._bars.stop_task(self._task)
