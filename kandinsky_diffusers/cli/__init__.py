@@ -1,4 +1,4 @@
-"""The command line: ``kandinsky-diffusers convert | inspect | demo``.
+"""The command line: ``kandinsky-diffusers convert | inspect | verify | demo``.
 
 Each command is a function of the library behind a few lines that read arguments and show results.
 """
@@ -9,14 +9,15 @@ import typer
 
 from .conversion import convert, inspect
 from .drawing import demo
+from .verify import verify
 
 
 app = typer.Typer(
     name="kandinsky-diffusers",
-    help="Kandinsky in diffusers: conversion of original checkpoints, and a demonstration.",
+    help="Kandinsky in diffusers: conversion of original checkpoints, verification, and a demonstration.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, demo):
+for command in (convert, inspect, verify, demo):
     app.command()(command)
