@@ -88,7 +88,7 @@ def _show(found: Verification, show_all: bool) -> None:
 def _components(found: Verification) -> Table:
     from rich.table import Table
 
-    from ..conversion.comparison import Outcome
+    from ..conversion.reports import Outcome
 
     alone = (Outcome.SOUND, Outcome.NOT_FINITE)
     shown = alone if found.against is None else [outcome for outcome in Outcome if outcome not in alone]

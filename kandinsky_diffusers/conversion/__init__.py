@@ -12,7 +12,8 @@ from .errors import ConversionError
 from .inspection import FileReport, inspect
 from .planning import ModelPlan
 from .preview import plan, plan_source
-from .verification import Verification, verify
+from .reports import Verification
+from .verification import verify
 
 
 __all__ = [

@@ -2,98 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
-from math import inf, isfinite
 from typing import TYPE_CHECKING
 
-from .matching import Shape, Shapes, Step
+from .matching import Shapes, Step
 from .pieces import is_finite, largest_difference, same_bits
 from .planning import ModelPlan
 from .recipe import Inputs
+from .reports import Outcome, TensorReport
 from .repository import run_step, source_of
 from .tensors import Facts, Tensors
 
 
 if TYPE_CHECKING:
     import torch
-
-
-class Outcome(StrEnum):
-    """What came out for a tensor."""
-
-    SOUND = "sound"  # where nothing is compared: it can be read, and its numbers are finite
-    NOT_FINITE = "not finite"
-    EQUAL = "equal"
-    EQUAL_AFTER_CAST = "equal after cast"
-    DIFFERENT = "different"
-    OTHER_SHAPE = "of another shape"
-    MISSING = "missing"
-    EXTRA = "extra"
-
-
-GOOD = (Outcome.SOUND, Outcome.EQUAL, Outcome.EQUAL_AFTER_CAST)
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """What came out for one tensor.
-
-    Args:
-        key: its name; where an original checkpoint is compared with, the name that the tensor has there.
-        outcome: in a word.
-        shapes: here, and in the other model; None where it is missing.
-        dtypes: likewise, such as ``float16``.
-        absolute: the largest absolute difference, if it is different.
-        relative: this, divided by the largest absolute value of the two.
-    """
-
-    key: str
-    outcome: Outcome
-    shapes: tuple[Shape | None, Shape | None]
-    dtypes: tuple[str | None, str | None]
-    absolute: float | None = None
-    relative: float | None = None
-
-
-@dataclass(frozen=True)
-class ComponentReport:
-    """What came out for a model.
-
-    Args:
-        name: its folder in the repository, or what stands for it.
-        tensors: what came out for each of its tensors.
-        problems: what is wrong with it as a whole.
-        notes: what could not be compared, and why.
-    """
-
-    name: str
-    tensors: tuple[TensorReport, ...] = ()
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong with it."""
-        return not self.problems and not self.failures
-
-    @property
-    def failures(self) -> list[TensorReport]:
-        """The tensors with which something is wrong."""
-        return [tensor for tensor in self.tensors if tensor.outcome not in GOOD]
-
-    @property
-    def largest(self) -> TensorReport | None:
-        """The tensor with the largest relative difference; one that is not finite is larger than any other."""
-        different = [(tensor.relative, tensor) for tensor in self.tensors if tensor.relative is not None]
-        return max(different, key=lambda pair: pair[0] if isfinite(pair[0]) else inf, default=(0.0, None))[1]
-
-    @property
-    def outcomes(self) -> dict[str, int]:
-        """How many tensors came out how, such as ``{"equal": 12}``."""
-        return dict(Counter(str(tensor.outcome) for tensor in self.tensors))
 
 
 def check_tensors(tensors: Tensors) -> Iterator[TensorReport]:
@@ -139,10 +61,10 @@ def compare_with_source(plan: ModelPlan, written: Tensors, inputs: Inputs) -> It
     for step in plan.plan.steps:
         if step.constant is not None:
             yield _compare_constant(step, written, source)
-    for key in source.shapes.keys() - restored - plan.plan.dropped.keys() - set(plan.plan.elsewhere):
+    for key in sorted(source.shapes.keys() - restored - plan.plan.dropped.keys() - set(plan.plan.elsewhere)):
         yield TensorReport(key, Outcome.MISSING, (None, source.shapes[key]), (None, source.dtypes[key]))
     if len(plan.files) == len(plan.component.parts):
-        for key in written.shapes.keys() - made.keys():
+        for key in sorted(written.shapes.keys() - made.keys()):
             yield TensorReport(key, Outcome.EXTRA, (written.shapes[key], None), (written.dtypes[key], None))
 
 

@@ -7,13 +7,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .comparison import ComponentReport, check_tensors
+from .comparison import check_tensors
 from .errors import ConversionError
 from .hub_source import INDEX, read_json
-from .reader import ShardedFile, WeightFile, check_zip, open_weights
+from .reader import ShardedFile, WeightFile, check_zip, file_sha256, open_weights
 from .recipe import Repo
+from .reports import ComponentReport
+from .sources import WEIGHT_ENDINGS
 from .tensors import Tensors
-from .weight_sets import is_shard, weight_sets
+from .weight_sets import is_of_weights, variant_of, weight_sets
 
 
 def check_index(folder: Path) -> Iterator[str]:
@@ -31,6 +33,25 @@ def check_index(folder: Path) -> Iterator[str]:
                 yield f"{name} has a config.json, but no weights"
 
 
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of all weight files of a repository, by their paths in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in WEIGHT_ENDINGS and path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
+    }
+
+
+def check_files(folder: Path, recorded: Mapping[str, Any]) -> Iterator[str]:
+    """In which weight files a repository differs from a record, which :func:`files_of` has made, or anyone."""
+    there = files_of(folder) if recorded else {}
+    for path, facts in recorded.items():
+        if path not in there:
+            yield f"{path} is missing; conversion.json lists it"
+        elif there[path] != facts:
+            yield f"{path} is not the file that was written and verified: size or SHA-256 differ from conversion.json"
+
+
 def check_model(name: str, folder: Path, recorded: Mapping[str, Any]) -> Iterator[ComponentReport]:
     """Check every set of weights in a folder: variants, and pickled ones beside others, as well.
 
@@ -40,17 +61,19 @@ def check_model(name: str, folder: Path, recorded: Mapping[str, Any]) -> Iterato
         recorded: how many ``tensors`` and ``parameters`` it has by ``conversion.json``; may be empty.
     """
     listed: set[Path] = set()
-    for found in weight_sets(folder):
-        title = f"{name} ({found.variant})" if found.variant else name
+    for path in weight_sets(folder):
+        variant = variant_of(path)
+        title = f"{name} ({variant})" if variant else name
+        listed.add(path)
         try:
-            file = open_weights(found.path)
+            file = open_weights(path)
             listed.update(file.paths)
             yield _check_set(title, file, recorded)
         except ConversionError as error:
             yield ComponentReport(title, problems=(str(error),))
-    for path in sorted(folder.iterdir()):
-        if is_shard(path) and path not in listed:
-            yield ComponentReport(name, problems=(f"no index that can be read lists {path.name}",))
+    if stray := sorted(path.name for path in folder.iterdir() if is_of_weights(path) and path not in listed):
+        problem = f"{', '.join(stray)}: no file, or part of several without an index that can be read"
+        yield ComponentReport(name, problems=(problem,))
 
 
 def _check_set(title: str, file: WeightFile, recorded: Mapping[str, Any]) -> ComponentReport:

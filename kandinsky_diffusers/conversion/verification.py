@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from glob import escape
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .comparison import GOOD, ComponentReport, TensorReport, compare_models, compare_with_source
+from .comparison import compare_models, compare_with_source
 from .errors import ConversionError
 from .hub_source import INDEX, read_json
 from .layout import layouts_of
@@ -17,10 +16,11 @@ from .matching import LEFT_OUT
 from .planning import ModelPlan, plan_models
 from .recipe import Inputs, Repo
 from .releases import guess_version, releases
+from .reports import GOOD, ComponentReport, Verification
 from .repository import RepoWriter
-from .soundness import check_index, check_model, run_once
+from .soundness import check_files, check_index, check_model, files_of, run_once
 from .sources import SMALL_FILES, WEIGHT_ENDINGS, find_folder, find_for_planning, read_config
-from .weight_sets import models_of, open_model, weight_sets
+from .weight_sets import models_of, open_model, variant_of, weight_sets
 
 
 _FILES = (*SMALL_FILES, *(f"*{ending}" for ending in WEIGHT_ENDINGS))
@@ -32,13 +32,14 @@ def verify_repo(repo: Repo, place: Path, writer: RepoWriter) -> dict[str, Any]:
     """Map every written tensor back, compare it with its source bit for bit, then load the repository and run it once.
 
     Returns:
-        Per model the number of compared tensors, and what was run.
+        Per model the number of compared tensors, what was run, and size and SHA-256 of the written weight files.
 
     Raises:
         ConversionError: a tensor differs, or the repository does not load or run.
     """
     compared = {model.label: _proven(writer.plans[model], place / model.name, writer.inputs) for model in repo.models}
-    return {"bit_identical_tensors": compared, "loaded_and_run": run_once(repo, place, writer.output.variant)}
+    ran = run_once(repo, place, writer.output.variant)
+    return {"bit_identical_tensors": compared, "loaded_and_run": ran, "files": files_of(place)}
 
 
 def _proven(plan: ModelPlan, place: Path, inputs: Inputs) -> int:
@@ -50,72 +51,6 @@ def _proven(plan: ModelPlan, place: Path, inputs: Inputs) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ afterwards
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify` found.
-
-    Args:
-        repo: the repository, as it was named.
-        against: what it was compared with; None if with nothing.
-        components: what came out for each model.
-        problems: what is wrong with the repository as a whole.
-        notes: what was not done, and why.
-        loaded_and_run: the name of the class that was loaded from the repository and run.
-    """
-
-    repo: str
-    against: str | None
-    components: tuple[ComponentReport, ...]
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    loaded_and_run: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the repository is sound or, if it was compared, equal."""
-        return not self.problems and all(component.passed for component in self.components)
-
-    def as_dict(self, *, all_tensors: bool = False) -> dict[str, Any]:
-        """Everything as data for JSON, where a difference that is not finite is null.
-
-        Args:
-            all_tensors: whether tensors with which nothing is wrong are listed by name as well.
-        """
-        return {
-            "repo": self.repo,
-            "against": self.against,
-            "passed": self.passed,
-            "problems": list(self.problems),
-            "notes": list(self.notes),
-            "loaded_and_run": self.loaded_and_run,
-            "components": [_component_as_dict(component, all_tensors) for component in self.components],
-        }
-
-
-def _component_as_dict(component: ComponentReport, all_tensors: bool) -> dict[str, Any]:
-    return {
-        "name": component.name,
-        "passed": component.passed,
-        "problems": list(component.problems),
-        "notes": list(component.notes),
-        "tensors": len(component.tensors),
-        "outcomes": component.outcomes,
-        "largest_difference": component.largest and _tensor_as_dict(component.largest),
-        "listed": [_tensor_as_dict(tensor) for tensor in (component.tensors if all_tensors else component.failures)],
-    }
-
-
-def _tensor_as_dict(tensor: TensorReport) -> dict[str, Any]:
-    numbers = {"absolute": tensor.absolute, "relative": tensor.relative}
-    return {
-        "key": tensor.key,
-        "outcome": str(tensor.outcome),
-        "shapes": list(tensor.shapes),
-        "dtypes": list(tensor.dtypes),
-        **{name: number if number is None or isfinite(number) else None for name, number in numbers.items()},
-    }
-
-
 def verify(
     repo: str | Path,
     against: str | Path | None = None,
@@ -131,9 +66,10 @@ def verify(
     """Look whether a repository is sound; or compare it, tensor by tensor, with another one or with an original.
 
     Alone it is sound if every weight file can be read and is complete (header, size, checksums of pickled files, the
-    index of several against these), all numbers are finite, the models have as many tensors and parameters as
-    ``conversion.json`` says, everything that ``model_index.json`` lists is there, and it loads with
-    ``from_pretrained`` in float32 and gives finite results once.
+    index of several against these), all numbers are finite, everything that ``model_index.json`` lists is there, and
+    it loads with ``from_pretrained`` in float32 and gives finite results once. Where ``conversion.json`` says how many
+    tensors and parameters a model has, they are so many; where it says, after ``convert --verify``, what sizes and
+    SHA-256 the files have, they have these.
 
     Compared with another repository it is equal if both have the same models (the folders with weights), these have
     the same names and shapes of tensors, and the tensors are equal, or equal after a cast as a variant is; see
@@ -201,11 +137,20 @@ def _pipeline(folder: Path) -> str | None:
 def _known(folder: Path, name: str) -> Known | None:
     """What ``folder`` is by its record, or by its name."""
     candidates = {known.repo.name: known for known in reversed(_all_known(folder))}
-    return candidates.get(_record(folder).get("repository", name), candidates.get(name))
+    return candidates.get(str(_record(folder).get("repository")), candidates.get(name))
 
 
 def _record(folder: Path) -> dict[str, Any]:
     return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+
+
+def _recorded(folder: Path, *path: str) -> dict[str, dict[str, Any]]:
+    """The objects in the object at ``path`` of the record; only what has this form, since the file may be anyone's."""
+    found: Any = _record(folder)
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: facts for name, facts in items if isinstance(facts, dict)}
 
 
 def _is_original(other: Path, known: Known | None) -> bool:
@@ -218,12 +163,13 @@ def _is_original(other: Path, known: Known | None) -> bool:
 def _check(title: str, folder: Path, name: str, run: bool, tell: Callable[[str], None]) -> Verification:
     known = _known(folder, name)
     labels = {model.name: model.label for model in known.repo.models} if known else {}
-    recorded = _record(folder).get("components", {})
+    recorded = _recorded(folder, "components")
     components: list[ComponentReport] = []
     for model, place in models_of(folder).items():
         tell(f"reading {place}")
         components += check_model(model or folder.name, place, recorded.get(labels.get(model, model), {}))
-    report = Verification(title, None, tuple(components), tuple(check_index(folder)))
+    problems = (*check_index(folder), *check_files(folder, _recorded(folder, "verification", "files")))
+    report = Verification(title, None, tuple(components), problems)
     if not run or not report.passed:
         return report
     tell(f"running {folder}")
@@ -236,9 +182,9 @@ def _run(report: Verification, folder: Path, known: Known | None) -> Verificatio
     pipeline = _pipeline(folder)
     if pipeline is None and known is None:
         return replace(report, notes=("not loaded: it has no model_index.json, and no conversion writes such a name",))
-    repo = alike.repo if alike else Repo(folder.name, pipeline, "", (), smoke=lambda pipe: ())
+    repo = alike.repo if alike else Repo(report.repo, pipeline, "", (), smoke=lambda pipe: ())
     try:
-        loaded = run_once(repo, folder, _variant(folder))
+        loaded = run_once(replace(repo, name=report.repo), folder, _variant(folder))
     except ConversionError as error:
         return replace(report, problems=(str(error),))
     if alike is None:
@@ -249,7 +195,7 @@ def _run(report: Verification, folder: Path, known: Known | None) -> Verificatio
 def _variant(folder: Path) -> str | None:
     """That of the weights, if there are none without."""
     best = (weight_sets(place)[0] for place in models_of(folder).values())
-    return next((found.variant for found in best if found.variant), None)
+    return next(filter(None, map(variant_of, best)), None)
 
 
 # ------------------------------------------------------------------------------------------------ with another
@@ -299,6 +245,7 @@ def _compare_with_source(place: Path, plan: ModelPlan, inputs: Inputs) -> Compon
 
 def _left_out(folder: Path, inputs: Inputs) -> list[str]:
     """Globs for the keys that were left out of the conversion with ``--drop``."""
-    recorded = [model.get("dropped", {}) for model in _record(folder).get("components", {}).values()]
-    keys = {key for dropped in recorded for key, reason in dropped.items() if reason == LEFT_OUT}
+    recorded = [facts.get("dropped") for facts in _recorded(folder, "components").values()]
+    reasons = [pair for dropped in recorded if isinstance(dropped, dict) for pair in dropped.items()]
+    keys = {key for key, reason in reasons if reason == LEFT_OUT}
     return sorted(escape(key) for file in inputs.files.values() for key in keys & file.shapes.keys())
