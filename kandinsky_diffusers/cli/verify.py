@@ -90,21 +90,27 @@ def _components(found: Verification) -> Table:
 
     from ..conversion.reports import Outcome
 
-    alone = (Outcome.SOUND, Outcome.NOT_FINITE)
-    shown = alone if found.against is None else [outcome for outcome in Outcome if outcome not in alone]
-    table = Table("component", "tensors", *shown, *([] if found.against is None else ["largest difference"]))
+    alone, compared = [Outcome.SOUND], [Outcome.EQUAL, Outcome.DIFFERENT, Outcome.MISSING, Outcome.EXTRA]
+    always = alone if found.against is None else compared
+    present = {outcome for component in found.components for outcome in component.outcomes}
+    shown = [outcome for outcome in Outcome if outcome in always or outcome in present]
+    table = Table("component", "tensors", *shown)
+    table.columns[0].overflow = "fold"
+    if found.against is not None:
+        table.add_column("difference (relative)")
     for component in found.components:
-        counts = [str(component.outcomes.get(outcome, 0)) for outcome in shown]
-        largest = [] if found.against is None else [_difference(component.largest)]
-        table.add_row(component.name, str(len(component.tensors)), *counts, *largest)
+        cells = [str(len(component.tensors)), *(str(component.outcomes.get(outcome, 0)) for outcome in shown)]
+        if found.against is not None:
+            cells.append(_difference(component.largest))
+        table.add_row(component.name, *cells)
     return table
 
 
 def _tensors(listed: list[tuple[str, TensorReport]]) -> Table:
     from rich.table import Table
 
-    table = Table("component", "tensor", "outcome", "here", "there", "difference")
-    table.columns[1].overflow = "fold"
+    table = Table("component", "tensor", "outcome", "here", "there", "difference (relative)")
+    table.columns[0].overflow = table.columns[1].overflow = "fold"
     for name, tensor in listed:
         sides = [
             "" if shape is None else f"{dtype} {list(shape)}"
@@ -117,4 +123,4 @@ def _tensors(listed: list[tuple[str, TensorReport]]) -> Table:
 def _difference(tensor: TensorReport | None) -> str:
     if tensor is None or tensor.absolute is None:
         return ""
-    return f"{tensor.absolute:.3g} ({tensor.relative:.3g} of the largest value)"
+    return f"{tensor.absolute:.3g} ({tensor.relative:.3g})"

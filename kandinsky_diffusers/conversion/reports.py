@@ -19,7 +19,7 @@ class Outcome(StrEnum):
     EQUAL = "equal"
     EQUAL_AFTER_CAST = "equal after cast"
     DIFFERENT = "different"
-    OTHER_SHAPE = "of another shape"
+    OTHER_SHAPE = "other shape"
     MISSING = "missing"
     EXTRA = "extra"
 

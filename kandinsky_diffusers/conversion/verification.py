@@ -136,7 +136,7 @@ def _pipeline(folder: Path) -> str | None:
 
 def _known(folder: Path, name: str) -> Known | None:
     """What ``folder`` is by its record, or by its name."""
-    candidates = {known.repo.name: known for known in reversed(_all_known(folder))}
+    candidates = {known.repo.name: known for known in _all_known(folder)}
     return candidates.get(str(_record(folder).get("repository")), candidates.get(name))
 
 

@@ -232,7 +232,7 @@ def test_every_difference_between_two_repositories_is_named_with_its_size(conver
     assert outcomes == {
         "prd_embedding": "missing",
         "more": "extra",
-        "clip_mean": "of another shape",
+        "clip_mean": "other shape",
         "clip_std": "different",
     }
     original = load_file(converted_21 / "kandinsky-2-1-prior" / PRIOR)["clip_std"]
@@ -318,7 +318,7 @@ def test_differences_from_an_original_have_its_names(
     assert {key: str(tensor.outcome) for key, tensor in failures(found).items()} == {
         "middle_block.1.qkv.bias": "different",
         "time_embed.0.weight": "missing",
-        "time_embed.2.bias": "of another shape",
+        "time_embed.2.bias": "other shape",
     }
     assert [component.notes for component in found.components if component.name == "movq"] == [
         ("not compared: its source, movq, is not there",)
