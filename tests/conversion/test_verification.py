@@ -74,7 +74,8 @@ def test_every_difference_between_repositories_is_named_with_its_size(converted_
     std = failures(found)["clip_std"]
     assert std.absolute == pytest.approx(0.5)
     assert std.relative == pytest.approx(0.5 / (original + 0.5).abs().max().item())
-    assert "it is only in" in problems(found)
+    assert f"only in {converted_21}" in problems(found)
+    assert f"only in {converted_21}" in problems(verify(converted_21 / "kandinsky-2-1-prior", prior_repo))
 
 
 def test_single_models_are_compared_too(converted_21: Path) -> None:
