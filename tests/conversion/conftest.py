@@ -1,18 +1,14 @@
-"""Tiny repositories like those of the community, as a source of conversions; and the prior of 2.1, alone."""
+"""Tiny repositories like those of the community, as a source of conversions."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers.pipelines import kandinsky2_2
 from safetensors.torch import load_file
 
-from kandinsky_diffusers.conversion import convert
-from tests.support.goldens import GoldenFamily
 from tests.support.tiny22 import decoder_components, prior_components
 
 
@@ -48,37 +44,6 @@ def community_22(tmp_path_factory: pytest.TempPathFactory) -> Path:
     depth.save_pretrained(folder / "depth")
     pickle_with_old_names(folder / "depth" / "movq")
     return folder
-
-
-@pytest.fixture(scope="session")
-def config_21(goldens_21: GoldenFamily) -> Path:
-    """The original's configuration of `release_21`."""
-    return goldens_21.path / "hyperparameters.json"
-
-
-@pytest.fixture(scope="session")
-def prior_release(release_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest release: the prior, and CLIP in its folder ``clip``. Read only."""
-    folder = tmp_path_factory.mktemp("release")
-    for name in ("prior_fp16.ckpt", "ViT-L-14_stats.th"):
-        shutil.copyfile(release_21 / name, folder / name)
-    shutil.copytree(release_21 / "clip", folder / "clip")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sharded(prior_release: Path, config_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prior's repository as ``convert --verify`` writes it, in several files for a model. Read only."""
-    output = tmp_path_factory.mktemp("sharded")
-    options: dict[str, Any] = {"original_config": config_21, "clip": prior_release / "clip"}
-    convert(prior_release, output, max_shard_size="10KB", verify=True, **options)
-    return output / "kandinsky-2-1-prior"
-
-
-@pytest.fixture
-def prior_repo(converted_21: Path, tmp_path: Path) -> Path:
-    """A copy of the prior's repository, one file for a model."""
-    return shutil.copytree(converted_21 / "kandinsky-2-1-prior", tmp_path / "kandinsky-2-1-prior")
 
 
 def pickle_clip(folder: Path, positions: str) -> None:

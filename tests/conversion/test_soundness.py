@@ -17,8 +17,8 @@ from kandinsky_diffusers.conversion import verify
 from tests.support.verification import PRIOR, change, failures, problems
 
 
-def test_what_convert_has_written_is_sound_and_runs(sharded: Path) -> None:
-    found = verify(sharded)
+def test_what_convert_has_written_is_sound_and_runs(prior_in_shards: Path) -> None:
+    found = verify(prior_in_shards)
     assert found.passed
     assert found.loaded_and_run == "KandinskyPriorPipeline"
     assert {component.name for component in found.components} == {"prior", "text_encoder", "image_encoder"}
@@ -79,8 +79,10 @@ def break_the_scheduler(repo: Path) -> None:
         (break_the_scheduler, "does not run"),
     ],
 )
-def test_damage_of_any_kind_is_found(sharded: Path, tmp_path: Path, spoil: Callable[[Path], None], named: str) -> None:
-    repo = shutil.copytree(sharded, tmp_path / sharded.name)
+def test_damage_of_any_kind_is_found(
+    prior_in_shards: Path, tmp_path: Path, spoil: Callable[[Path], None], named: str
+) -> None:
+    repo = shutil.copytree(prior_in_shards, tmp_path / prior_in_shards.name)
     spoil(repo)
     found = verify(repo, run=spoil is break_the_scheduler)
     assert not found.passed

@@ -26,12 +26,14 @@ from tests.support.verification import PRIOR, UNET, change, failures, problems
 
 
 # ------------------------------------------------------------------------------------------------ with another
-def test_it_does_not_matter_how_weights_are_stored(sharded: Path, converted_21: Path, prior_repo: Path) -> None:
+def test_it_does_not_matter_how_weights_are_stored(
+    prior_in_shards: Path, converted_21: Path, prior_repo: Path
+) -> None:
     tensors = load_file(prior_repo / PRIOR)
     (prior_repo / PRIOR).unlink()
     torch.save(tensors, (prior_repo / PRIOR).with_suffix(".bin"))
     for other in (converted_21 / "kandinsky-2-1-prior", prior_repo):
-        found = verify(sharded, other)
+        found = verify(prior_in_shards, other)
         assert found.passed
         assert all(component.outcomes == {"equal": len(component.tensors)} for component in found.components)
         assert sum(len(component.tensors) for component in found.components) > len(tensors)
@@ -210,7 +212,7 @@ def test_repositories_without_an_index_are_compared_with_their_originals(
 
 
 def test_repositories_that_are_releases_are_compared_whatever_the_form(community_22: Path, tmp_path: Path) -> None:
-    """The community's 2.2, pickled, sharded and under old names of tensors."""
+    """The community's 2.2, pickled, prior_in_shards and under old names of tensors."""
     convert(community_22 / "depth", tmp_path)
     repo = tmp_path / "kandinsky-2-2-controlnet-depth"
     assert verify(repo, community_22).passed
