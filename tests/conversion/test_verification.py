@@ -212,7 +212,7 @@ def test_repositories_without_an_index_are_compared_with_their_originals(
 
 
 def test_repositories_that_are_releases_are_compared_whatever_the_form(community_22: Path, tmp_path: Path) -> None:
-    """The community's 2.2, pickled, prior_in_shards and under old names of tensors."""
+    """The community's 2.2, pickled, sharded and under old names of tensors."""
     convert(community_22 / "depth", tmp_path)
     repo = tmp_path / "kandinsky-2-2-controlnet-depth"
     assert verify(repo, community_22).passed
