@@ -21,10 +21,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.support.community22 import write_community
 from tests.support.fake_hub import FakeHub
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.processes import PythonProcess
 from tests.support.release import build_release
+from tests.support.tiny_repos import write_tiny_repos
 
 
 Built = Callable[[str, Callable[[Path], Any]], Path]
@@ -149,6 +151,18 @@ def converted_20(goldens_20: GoldenFamily, release_20: Path, built: Built) -> Pa
 
 
 @pytest.fixture(scope="session")
+def community_22(built: Built) -> Path:
+    """Tiny Kandinsky 2.2 repositories as the community's, see `write_community`. Read only."""
+    return built("community-2.2", write_community)
+
+
+@pytest.fixture(scope="session")
+def converted_22(community_22: Path, built: Built) -> Path:
+    """The folder with the converted repositories of `community_22`. Read only."""
+    return converted(built, community_22, version="2.2")
+
+
+@pytest.fixture(scope="session")
 def goldens_30() -> GoldenFamily:
     """The family `kandinsky-3.0` of the golden set in use."""
     return golden_family("kandinsky-3.0")
@@ -253,6 +267,12 @@ def converted_superres(
     """The folder with the converted repositories of `release_superres`, refined by `release_31`. Read only."""
     config = {**goldens_31.hyperparameters, **goldens_superres.hyperparameters}
     return converted(built, release_superres, version="superres", refiner=release_31, original_config=config)
+
+
+@pytest.fixture(scope="session")
+def tiny_repos(built: Built) -> Path:
+    """The repositories of Kandinsky 3.1 and all that belongs to it, see `write_tiny_repos`. Read only."""
+    return built("tiny-repos", write_tiny_repos)
 
 
 def converted(built: Built, release: Path, *, version: str, **options: Any) -> Path:
