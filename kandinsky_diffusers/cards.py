@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 
 CARDS = Path(__file__).parent / "model_cards"
@@ -100,9 +101,14 @@ def by_reason(dropped: Mapping[str, str]) -> dict[str, str]:
 
 
 def _template(name: str) -> Template:
+    return _environment().get_template(name)
+
+
+@cache
+def _environment() -> Environment:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=FunctionLoader(_source),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -110,7 +116,6 @@ def _template(name: str) -> Template:
         keep_trailing_newline=True,
         autoescape=False,  # the cards are Markdown
     )
-    return environment.get_template(name)
 
 
 def _source(name: str) -> str:
