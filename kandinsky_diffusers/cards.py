@@ -236,6 +236,7 @@ def _correct(kept: ModelCard, fresh: ModelCard, facts: Mapping[str, Any]) -> Non
     has_other_inputs = "controlnet" in fresh.data.tags and "controlnet" not in _listed(kept.data.tags)
     text = fresh.text if has_other_inputs else kept.text.split(COPY)[0]
     text = re.sub(r"torch_dtype=torch\.\w+(, variant=\"\w+\")?", _loading_options(facts["options"]["variant"]), text)
+    text = re.sub(r"^## Without an import\n.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)  # is not saved
     where = {layout: _template("_prior.md").render(layout=layout) for layout in ("split", "combined")}
     for said in where.values():
         text = text.replace(said, where[facts["options"]["layout"]])

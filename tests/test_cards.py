@@ -233,3 +233,11 @@ def test_a_class_of_the_users_own_has_to_be_registered_and_the_card_says_so(deco
     assert "`kandinsky_diffusers.register_pipeline`" in pipeline_card(OilPainting(**decoder.components), "me/oil").text
     with pytest.raises(TypeError, match="`pipeline`"):
         pipeline_card(kandinsky_diffusers.KandinskyHEDDetector(), "me/mine")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_stub_is_told_of_where_it_is_and_not_of_a_copy_which_has_none(decoder: Any, tmp_path: Path) -> None:
+    card = render_card("kandinsky-2-1", facts("kandinsky-2-1", stub=True))
+    assert "## Without an import" in card.text
+    copied = pipeline_card(from_card(decoder, tmp_path / "repo", card), "me/mine")
+    assert "## Without an import" not in copied.text
+    assert "## Limits" in copied.text
