@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .cards import pipeline_card, renamed
+from .hub_errors import HubError, advice_on
 
 
 CARD = "README.md"
 MARKS = ("model_index.json", "conversion.json", "config.json")  # one of them is in every repository
-ADVICE = {
-    401: "the Hub does not accept the token: log in again with `hf auth login`, or correct HF_TOKEN",
-    403: "the token may not write there: make one that may, at https://huggingface.co/settings/tokens",
-    404: "the Hub has no such user, organization or repository, or the token may not see it",
-    409: "somebody else is changing the repository: try again",
-    412: "somebody else has changed the repository: try again",
-    413: "the Hub finds it too large",
-    429: "the Hub has had too many requests: try again in some minutes",
-}
-_LINE = re.compile(r"\s+")
 _WEIGHTS = re.compile(
     r"(?P<stem>.+?)(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors"
     r"|(?P<index_stem>.+?)\.safetensors\.index(\.(?P<index_variant>\w+))?\.json"
 )
-
-
-class HubError(OSError):
-    """A push is not possible, or was broken off; the message says what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +38,11 @@ class Upload:
     repo_id: str
     files: Mapping[str, Path | bytes]
     priors: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Of the commit or the pull request."""
+        return f"Upload {self.repo_id.split('/')[-1]}"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -154,12 +144,15 @@ def _upload(repo: Path, repo_id: str, card: ModelCard) -> Upload:
     return Upload(repo_id, {**repo_files(repo), CARD: str(card).encode()}, priors)
 
 
-def check_access(namespace: str, *, create_pr: bool = False) -> None:
+def check_access(namespace: str, *, create_pr: bool = False) -> str:
     """See, before anything is sent, that there is a token and that it may write to a namespace.
 
     Args:
         namespace: user or organization.
         create_pr: whether it is about pull requests, which may go to everybody's repositories.
+
+    Returns:
+        The name of the token's owner.
 
     Raises:
         HubError: there is no token, the Hub does not know it, or it is not for this namespace or not for writing.
@@ -167,7 +160,7 @@ def check_access(namespace: str, *, create_pr: bool = False) -> None:
     _check_id(f"{namespace}/name")
     if get_token() is None:
         raise HubError("There is no token: log in with `hf auth login`, or set HF_TOKEN. Nothing was sent.")
-    with _advice_on("The token cannot be checked"):
+    with advice_on("The token cannot be checked"):
         owner = HfApi().whoami()
     if owner.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise HubError(
@@ -176,6 +169,7 @@ def check_access(namespace: str, *, create_pr: bool = False) -> None:
     names = [owner["name"], *(organization["name"] for organization in owner.get("orgs", ()))]
     if namespace not in names and not create_pr:
         raise HubError(f"`namespace` is {namespace!r}; accepted with this token is {' or '.join(names)}.")
+    return owner["name"]
 
 
 def push(
@@ -184,7 +178,7 @@ def push(
     """Push repositories, each in one commit.
 
     After a failure the same call goes on: large files that have arrived are not sent again, and a repository that has
-    everything is left alone.
+    everything is left alone. So is a pull request, if it is still open; one that lacks something is continued.
 
     Args:
         repos: folders, see [`find_repos`].
@@ -201,13 +195,14 @@ def push(
             names what has been pushed before that.
     """
     plan_push(repos, namespace)  # what is wrong here is found before anything is asked
-    check_access(namespace, create_pr=create_pr)
+    owner = check_access(namespace, create_pr=create_pr)
     api, done = HfApi(), []
     uploads = plan_push(repos, namespace, also_there=_priors_there(api, repos, namespace))
     for upload in uploads:
         try:
             open_repo(upload.repo_id, private=private)
-            done.append(commit(upload, create_pr=create_pr))
+            revision = _open_pull_request(api, upload, owner) if create_pr else None
+            done.append(commit(upload, create_pr=create_pr and revision is None, revision=revision))
         except HubError as error:
             before = ", ".join(pushed.repo_id for pushed in done) or "nothing"
             raise HubError(f"{error} Pushed before that: {before}. The same command goes on from here.") from error
@@ -223,7 +218,7 @@ def open_repo(repo_id: str, *, private: bool | None = None, token: str | None = 
     Raises:
         HubError: the Hub refuses, fails or is not reached, or the repository is public and `private` is True.
     """
-    with _advice_on(f"Making {repo_id} failed"):
+    with advice_on(f"Making {repo_id} failed"):
         api = HfApi(token=token)
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         is_public = bool(private) and not api.model_info(full_id).private
@@ -232,7 +227,14 @@ def open_repo(repo_id: str, *, private: bool | None = None, token: str | None = 
     return full_id
 
 
-def commit(upload: Upload, *, message: str | None = None, create_pr: bool = False, token: str | None = None) -> Pushed:
+def commit(
+    upload: Upload,
+    *,
+    message: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Pushed:
     """Send the files of a repository that is there, in one commit.
 
     Files that would be loaded beside the new ones, such as those of weights that were split otherwise, go with it; all
@@ -242,14 +244,15 @@ def commit(upload: Upload, *, message: str | None = None, create_pr: bool = Fals
         upload: what and where to.
         message: of the commit.
         create_pr: whether to open a pull request instead.
+        revision: the branch, if it is not `main`.
         token: another than that of the Hub client.
 
     Raises:
         HubError: the Hub refuses, fails or is not reached. The repository has either all of it or nothing.
     """
-    with _advice_on(f"Pushing {upload.repo_id} failed"):
+    with advice_on(f"Pushing {upload.repo_id} failed"):
         api = HfApi(token=token)
-        before = api.model_info(upload.repo_id)
+        before = api.model_info(upload.repo_id, revision=revision)
         stale = _replaced(upload.files, [file.rfilename for file in before.siblings or ()])
         info: CommitInfo = api.create_commit(
             upload.repo_id,
@@ -257,8 +260,9 @@ def commit(upload: Upload, *, message: str | None = None, create_pr: bool = Fals
                 *(CommitOperationAdd(path, content) for path, content in upload.files.items()),
                 *(CommitOperationDelete(path) for path in stale),
             ],
-            commit_message=message or f"Upload {upload.repo_id.split('/')[-1]}",
+            commit_message=message or upload.title,
             create_pr=create_pr,
+            revision=revision,
         )
     return Pushed(upload.repo_id, info, info.oid != before.sha, upload.priors)
 
@@ -291,7 +295,7 @@ def push_saved(
     if subfolder:
         files = {f"{subfolder.strip('/')}/{path}": file for path, file in files.items()}
     else:
-        with _advice_on(f"Making the card of {repo_id} failed"):
+        with advice_on(f"Making the card of {repo_id} failed"):
             card = pipeline_card(pipeline, repo_id, variant=variant, token=token)
             if pipeline.config.get("_name_or_path") != repo_id:
                 card = _with_text_on_hub(card, repo_id, token)
@@ -311,6 +315,14 @@ def _with_text_on_hub(card: ModelCard, repo_id: str, token: str | None) -> Model
     return there
 
 
+def _open_pull_request(api: HfApi, upload: Upload, owner: str) -> str | None:
+    """The branch of the pull request that an earlier push has opened, if it is still open."""
+    with advice_on(f"Looking for pull requests to {upload.repo_id} failed"):
+        pulls = api.get_repo_discussions(upload.repo_id, author=owner, discussion_type="pull_request")
+        found = (pull for pull in pulls if pull.title == upload.title and pull.status in ("open", "draft"))
+        return next((pull.git_reference for pull in found), None)
+
+
 def _card(repo: Path) -> ModelCard:
     path = repo / CARD
     if not path.is_file():
@@ -328,7 +340,7 @@ def _priors(card: ModelCard) -> list[str]:
 def _priors_there(api: HfApi, repos: Sequence[Path], namespace: str) -> list[str]:
     """Names of priors of the repositories that are not among them, but in the namespace."""
     named = {prior.split("/")[-1] for repo in repos for prior in _priors(_card(repo))} - {repo.name for repo in repos}
-    with _advice_on(f"The priors of {namespace} cannot be looked up"):
+    with advice_on(f"The priors of {namespace} cannot be looked up"):
         return [name for name in sorted(named) if api.repo_exists(f"{namespace}/{name}")]
 
 
@@ -351,34 +363,3 @@ def _check_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HubError(f"{repo_id} cannot be the name of a repository on the Hub. {error}") from error
-
-
-@contextmanager
-def _advice_on(failure: str) -> Iterator[None]:
-    """Make one message with advice of whatever the Hub client raises."""
-    try:
-        yield
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: around what went wrong in a thread
-        raise HubError(f"{failure}: {_advice(error)}.") from error
-
-
-def _advice(error: BaseException) -> str:
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _advice(error.__cause__)
-    response = getattr(error, "response", None)
-    if response is not None:
-        status = response.status_code
-        said = getattr(error, "server_message", None)
-        advice = ADVICE.get(
-            status, "the Hub has a fault of its own: try again later" if status >= 500 else "it refuses"
-        )
-        return f"{advice} (HTTP {status}{f', {_one_line(said)}' if said else ''})"
-    if isinstance(error, JSONDecodeError):
-        return "the answer of the Hub cannot be read: try again later"
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
-        return f"the connection to the Hub failed ({_one_line(error)}): try again"
-    return _one_line(error).rstrip(".")
-
-
-def _one_line(said: Any) -> str:
-    return _LINE.sub(" ", str(said)).strip()

@@ -188,21 +188,29 @@ def test_weights_that_are_split_otherwise_replace_the_old_ones_and_nothing_else(
     assert len(hub.commits["ns/the-prior"]) == 1
 
 
-def test_private_repositories_and_pull_requests(hub: FakeHub, from_hub: PythonProcess, release: Path) -> None:
-    assert from_hub.run(RUN, "push", release, "ns", "--private")[0] == 0
-    assert hub.private == {"ns/the-prior", "ns/a-decoder"}
+def test_repositories_are_private_if_asked_for(hub: FakeHub, from_hub: PythonProcess, release: Path) -> None:
+    assert from_hub.run(RUN, "push", release / "the-prior", "ns", "--private")[0] == 0
+    assert from_hub.run(RUN, "push", release, "ns")[0] == 0
+    assert hub.private == {"ns/the-prior"}
 
-    (release / "the-prior" / "model_index.json").write_text('{"changed": true}')
-    code, output, _ = from_hub.run(RUN, "push", release / "the-prior", "ns", "--pr")
-    assert code == 0
-    assert f"pushed: {hub.url}/ns/the-prior/discussions/1" in output
-    assert hub.pulls == {"ns/the-prior": [["model_index.json"]]}
-    assert len(hub.commits["ns/the-prior"]) == 1
-
-    hub.private.clear()
-    code, _, message = from_hub.run(RUN, "push", release / "the-prior", "ns", "--private")
+    code, _, message = from_hub.run(RUN, "push", release / "a-decoder", "ns", "--private")
     assert code == 1
-    assert "ns/the-prior is there and public, but `private` is True" in message
+    assert "ns/a-decoder is there and public, but `private` is True. Nothing was sent" in message
+
+
+def test_a_pull_request_is_opened_once_and_continued(hub: FakeHub, from_hub: PythonProcess, release: Path) -> None:
+    asked, pull = ("push", release / "the-prior", "ns", "--pr"), "ns/the-prior@refs/pr/1"
+    outputs = [from_hub.run(RUN, *asked)[1] for _ in range(2)]
+    (release / "the-prior" / "model_index.json").write_text('{"changed": true}')
+    outputs.append(from_hub.run(RUN, *asked)[1])
+
+    assert f"pushed: {hub.url}/ns/the-prior/discussions/1" in outputs[0]
+    assert outputs[1].startswith("unchanged: ")
+    assert outputs[2].startswith("pushed: ")
+    assert {repo: [set(files) for files in commits] for repo, commits in hub.commits.items()} == {
+        pull: [pushed_from(release)["ns/the-prior"], {"model_index.json"}]
+    }
+    assert not hub.files("ns/the-prior")
 
 
 def test_a_dry_run_shows_files_and_sizes_and_asks_nobody(hub: FakeHub, from_hub: PythonProcess, release: Path) -> None:

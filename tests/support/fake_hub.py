@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
-from tests.support.fake_uploads import TOKEN, Answer, Request, Uploads
+from tests.support.fake_uploads import TOKEN, Answer, Request, Uploads, branch
 
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
@@ -31,9 +31,9 @@ class Fault:
 
     Args:
         first: the first request that it hits; the next one is 1.
-        status: of the answer; None for a connection that is closed without one.
+        status: of the answer; None for a connection that breaks when half of the request has arrived.
         times: how many requests it hits.
-        is_late: whether the server has done what was asked before.
+        is_late: whether the server does what is asked, and the connection breaks before the answer.
     """
 
     first: int
@@ -61,7 +61,7 @@ class FakeHub(Uploads):
         self.requests: list[str] = []
         self.fault: Fault | None = None
         self.routes: list[tuple[str, str, Callable[..., Answer]]] = [
-            ("GET", rf"/api/models/{REPO}(/revision/[^/]+)?", self.model_info),
+            ("GET", rf"/api/models/{REPO}(/revision/(?P<revision>.+))?", self.model_info),
             ("GET", rf"/api/models/{REPO}/tree/[^/]+(/(?P<folder>.*))?", self.tree),
             ("GET", rf"/{REPO}/resolve/[^/]+/(?P<path>.+)", self.resolve),
             *self.upload_routes,
@@ -98,9 +98,9 @@ class FakeHub(Uploads):
 
     # endpoints
 
-    def model_info(self, request: Request, repo: str) -> Answer:
+    def model_info(self, request: Request, repo: str, revision: str = "main") -> Answer:
         """What is in a repository."""
-        if repo not in self.repos:
+        if (repo := branch(repo, revision)) not in self.repos:
             return Answer.error(404, "RepoNotFound")
         files = [{"rfilename": path} for path in self.files(repo)]
         facts = {"id": repo, "modelId": repo, "sha": self._commit(repo), "private": repo in self.private}
@@ -139,17 +139,12 @@ class FakeHub(Uploads):
         content = [(path, _etag(file)) for path, file in self.files(repo).items()]
         return hashlib.sha1(repr(content).encode()).hexdigest()
 
-    def answer(self, method: str, url: str, request: Request) -> Answer | None:
-        """The answer of the first route that matches; None for a connection that breaks."""
-        path = unquote(urlsplit(url).path)
-        self.requests.append(f"{method} {path}")
-        fault = self.fault if self.fault is not None and self.fault.hits() else None
-        if fault is not None and not fault.is_late:
-            return None if fault.status is None else Answer.error(fault.status, "Fault")
-        answer = self._routed(method, path, request)
-        return answer if fault is None else None
+    def next_fault(self) -> Fault | None:
+        """What hits the next request."""
+        return self.fault if self.fault is not None and self.fault.hits() else None
 
-    def _routed(self, method: str, path: str, request: Request) -> Answer:
+    def answer(self, method: str, path: str, request: Request) -> Answer:
+        """The answer of the first route that matches."""
         needs_token = method == "POST" or path == "/api/whoami-v2"
         if needs_token and request.authorization != f"Bearer {TOKEN}":
             return Answer.error(401, "Unauthorized")
@@ -171,9 +166,19 @@ def _handler_for(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         wbufsize = -1  # head and body in one packet; the second would wait for the first to be acknowledged
 
         def do_GET(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            request = Request(self.rfile.read(length), urlsplit(self.path).query, self.headers["authorization"])
-            answer = hub.answer(self.command, self.path, request)
+            url, length = urlsplit(self.path), int(self.headers.get("Content-Length", 0))
+            path = unquote(url.path)
+            hub.requests.append(f"{self.command} {path}")
+            fault = hub.next_fault()
+            if fault is not None and not fault.is_late:
+                self.rfile.read(length if fault.status else length // 2)
+                self._send(Answer.error(fault.status, "Fault") if fault.status else None)
+                return
+            body = self.rfile.read(length)
+            answer = hub.answer(self.command, path, Request(body, url.query, self.headers["Authorization"]))
+            self._send(answer if fault is None else None)
+
+        def _send(self, answer: Answer | None) -> None:
             if answer is None:
                 self.close_connection = True
                 return

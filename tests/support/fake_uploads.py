@@ -57,9 +57,9 @@ class Answer:
 class Uploads:
     """The endpoints for uploads, mixed into `FakeHub`.
 
-    `commits` has the files of each commit to a repository, `pulls` those of each pull request, `received` the SHA-256
-    of each large file that was sent, `private` the repositories that not everybody sees. `role` is what the token is
-    for.
+    `commits` has the files of each commit to a repository, `received` the SHA-256 of each large file that was sent,
+    `private` the repositories that not everybody sees; `role` is what the token is for. The branch of a pull request
+    is a repository called ``namespace/name@refs/pr/1``; `titles` has its title.
     """
 
     repos: dict[str, Path]
@@ -68,7 +68,7 @@ class Uploads:
         self._folder = folder
         self._blobs: dict[str, bytes] = {}
         self.commits: dict[str, list[list[str]]] = {}
-        self.pulls: dict[str, list[list[str]]] = {}
+        self.titles: dict[str, str] = {}
         self.received: list[str] = []
         self.private: set[str] = set()
         self.role = "write"
@@ -77,15 +77,16 @@ class Uploads:
             ("GET", "/api/whoami-v2", self.who),
             ("POST", "/api/repos/create", self.create),
             ("POST", "/api/validate-yaml", self.validate_card),
-            ("POST", rf"/api/models/{repo}/preupload/main", self.upload_modes),
+            ("POST", rf"/api/models/{repo}/preupload/(?P<revision>.+)", self.upload_modes),
             ("POST", rf"/{repo}\.git/info/lfs/objects/batch", self.missing_blobs),
             ("PUT", r"/blobs/(?P<oid>\w+)", self.keep_blob),
-            ("POST", rf"/api/models/{repo}/commit/main", self.commit),
+            ("POST", rf"/api/models/{repo}/commit/(?P<revision>.+)", self.commit),
+            ("GET", rf"/api/models/{repo}/discussions", self.pull_requests),
         ]
 
     def forget(self) -> None:
         """Forget what was pushed, and all repositories."""
-        for memory in (self._blobs, self.repos, self.commits, self.pulls, self.received, self.private):
+        for memory in (self._blobs, self.repos, self.commits, self.titles, self.received, self.private):
             memory.clear()
         self.role = "write"
 
@@ -119,9 +120,9 @@ class Uploads:
         """Accept every card."""
         return Answer.of_json({"errors": [], "warnings": []})
 
-    def upload_modes(self, request: Request, repo: str) -> Answer:
+    def upload_modes(self, request: Request, repo: str, revision: str) -> Answer:
         """Which files are large, and what the repository has under their names."""
-        if repo not in self.repos:
+        if (repo := branch(repo, revision)) not in self.repos:
             return Answer.error(404, "RepoNotFound")
         there = {file["path"]: self.repos[repo] / file["path"] for file in request.content["files"]}
         return Answer.of_json(
@@ -148,17 +149,32 @@ class Uploads:
         self.received.append(oid)
         return Answer(200)
 
-    def commit(self, request: Request, repo: str) -> Answer:
-        """Make a commit, or a pull request, which changes nothing here."""
-        changes = [json.loads(line) for line in request.body.splitlines()]
-        is_pull = "create_pr=1" in request.query
-        made = (self.pulls if is_pull else self.commits).setdefault(repo, [])
-        made.append([change["value"]["path"] for change in changes if change["key"] != "header"])
-        oid = hashlib.sha1(f"{repo} {is_pull} {len(made)}".encode()).hexdigest()
-        if not is_pull:
-            self._apply(repo, changes)
-        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}"}
-        return Answer.of_json(answer | {"pullRequestUrl": f"{self.url}/{repo}/discussions/{len(made)}"})
+    def commit(self, request: Request, repo: str, revision: str) -> Answer:
+        """Make a commit, or open a pull request."""
+        header, *changes = [json.loads(line) for line in request.body.splitlines()]
+        place, answer = branch(repo, revision), {}
+        if "create_pr=1" in request.query:
+            number = 1 + sum(pull.startswith(f"{repo}@") for pull in self.titles)
+            answer["pullRequestUrl"] = f"{self.url}/{repo}/discussions/{number}"
+            self.repos[pull := branch(repo, f"refs/pr/{number}")] = self.repos[place]
+            self.titles[pull] = header["value"]["summary"]
+            place = pull
+        self._apply(place, changes)
+        made = self.commits.setdefault(place, [])
+        made.append([change["value"]["path"] for change in changes])
+        oid = hashlib.sha1(f"{place} {len(made)}".encode()).hexdigest()
+        return Answer.of_json(answer | {"commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}"})
+
+    def pull_requests(self, request: Request, repo: str) -> Answer:
+        """All of them are open."""
+        facts = {"author": {"name": USER}, "createdAt": "2026-01-01T00:00:00.000Z", "isPullRequest": True}
+        pulls = [
+            {**facts, "title": title, "num": int(pull.split("/")[-1]), "status": "open"}
+            for pull, title in self.titles.items()
+            if pull.startswith(f"{repo}@")
+        ]
+        found = [{**pull, "repo": {"name": repo, "type": "model"}} for pull in pulls]
+        return Answer.of_json({"discussions": found, "count": len(found), "start": 0})
 
     def _apply(self, repo: str, changes: list[dict[str, Any]]) -> None:
         """A commit is a folder of its own, so that repositories given by a test stay as they are."""
@@ -178,6 +194,11 @@ class Uploads:
                 yield change["value"]["path"], b64decode(change["value"]["content"])
             elif change["key"] == "lfsFile":
                 yield change["value"]["path"], self._blobs[change["value"]["oid"]]
+
+
+def branch(repo: str, revision: str) -> str:
+    """The name in `FakeHub.repos` of a branch."""
+    return f"{repo}@{revision}" if revision.startswith("refs/") else repo
 
 
 def _mode(path: str) -> str:
