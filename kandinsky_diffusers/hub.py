@@ -79,9 +79,9 @@ def find_repos(folder: str | Path) -> list[Path]:
     """The repositories in a folder: itself, or those in it.
 
     Raises:
-        HubError: there is none.
+        HubError: there is none, or one is a link out of the folder.
     """
-    place = Path(folder).resolve()
+    place = Path(os.path.abspath(folder))  # a name for "." and for "..", and a link keeps its own
     if _is_repo(place):
         return [place]
     found = sorted(path for path in place.glob("*") if not path.name.startswith(".") and _is_repo(path))
@@ -90,6 +90,8 @@ def find_repos(folder: str | Path) -> list[Path]:
             f"`folder` is {str(folder)!r}; accepted is a repository, with one of {', '.join(MARKS)} in it, or a folder"
             " with such repositories."
         )
+    for path in found:
+        _check_inside(path, place)
     return found
 
 
@@ -97,20 +99,25 @@ def _is_repo(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in MARKS)
 
 
+def _check_inside(path: Path, folder: Path) -> None:
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise HubError(f"{path} is a link that leads out of {folder}. Nothing outside is pushed.")
+
+
 def repo_files(folder: Path) -> dict[str, Path]:
     """Path in the repository and place of each file; what is hidden, such as our temporary folders, is left out.
 
     Raises:
-        HubError: something is neither a file nor a folder, or a link leads out of the folder or to another folder.
+        HubError: a link leads out of the folder, or to another folder; or something is neither file nor folder.
     """
     root, files = folder.resolve(), {}
     for place, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links = [name for name in folders if Path(place, name).is_symlink()]
         for path in sorted(Path(place, name) for name in [*names, *links] if not name.startswith(".")):
-            target = path.resolve()
-            if not target.is_file() or not target.is_relative_to(root):
-                raise HubError(f"{path} is a link out of the folder, or not a file; accepted are files of the folder.")
+            _check_inside(path, root)
+            if not path.is_file():
+                raise HubError(f"{path} is no file; accepted are files, and links to files of the same repository.")
             files[path.relative_to(root).as_posix()] = path
     return files
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 
-from kandinsky_diffusers.hub import HubError, find_repos, plan_push
+from kandinsky_diffusers.hub import find_repos, plan_push
+from kandinsky_diffusers.hub_errors import HubError, advice_on
 from tests.support.fake_hub import FakeHub, Fault
 from tests.support.goldens import GoldenFamily
 from tests.support.processes import PythonProcess
@@ -303,6 +305,17 @@ def test_what_the_hub_refuses_becomes_one_message(
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "error", [TimeoutError("timed out"), HTTPError("timed out"), ConnectionResetError("timed out")]
+)
+def test_a_lost_connection_can_be_tried_again(error: Exception) -> None:
+    with (
+        pytest.raises(HubError, match=r"It failed: the connection to the Hub failed \(timed out\): try again\."),
+        advice_on("It failed"),
+    ):
+        raise error
+
+
 def test_without_a_token_nothing_is_sent(hub: FakeHub, from_hub: PythonProcess, release: Path) -> None:
     code, _, message = from_hub.run(RUN_WITHOUT_TOKEN, "push", release, "ns")
 
@@ -331,15 +344,25 @@ def test_a_token_for_reading_is_refused(hub: FakeHub, from_hub: PythonProcess, r
     assert "The token is for reading only" in message
 
 
-def test_links_out_of_the_folder_are_refused(release: Path) -> None:
+def test_links_that_lead_out_of_the_folder_are_refused(release: Path) -> None:
     link = release / "the-prior" / "unet" / "more.json"
     link.symlink_to("config.json")
     assert "unet/more.json" in plan_push([release / "the-prior"], "ns")[0].files
-    for target in (release / "a-decoder" / "model_index.json", release / "a-decoder" / "unet", Path("nowhere")):
+    for target, refusal in (
+        (release / "a-decoder" / "model_index.json", "leads out of"),
+        (release / "a-decoder" / "unet", "leads out of"),
+        (release / "the-prior" / "unet", "is no file"),
+        (Path("nowhere"), "is no file"),
+    ):
         link.unlink()
         link.symlink_to(target)
-        with pytest.raises(HubError, match=r"more\.json is a link out of the folder, or not a file"):
+        with pytest.raises(HubError, match=rf"more\.json .*{refusal}"):
             plan_push([release / "the-prior"], "ns")
+
+    (release.parent / "other").mkdir()
+    (release.parent / "other" / "a-link").symlink_to(release / "a-decoder")
+    with pytest.raises(HubError, match=r"a-link .*leads out of"):
+        find_repos(release.parent / "other")
 
 
 def test_what_cannot_be_pushed_is_named(release: Path) -> None:

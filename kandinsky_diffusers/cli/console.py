@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plain_errors() -> Iterator[None]:
     """Errors of the user's making become one message and the exit code 1."""
     from ..conversion import ConversionError
-    from ..hub import HubError
+    from ..hub_errors import HubError
 
     try:
         yield
