@@ -13,12 +13,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .cards import pipeline_card, renamed
+from .cards import CARDS, pipeline_card, renamed
 from .hub_errors import HubError, advice_on
 
 
 CARD = "README.md"
 MARKS = ("model_index.json", "conversion.json", "config.json")  # one of them is in every repository
+_QUOTED = re.compile(r"[\"']([\w./-]+)[\"']")
 _WEIGHTS = re.compile(
     r"(?P<stem>.+?)(\.(?P<variant>\w+))?(-\d+-of-\d+)?\.safetensors"
     r"|(?P<index_stem>.+?)\.safetensors\.index(\.(?P<index_variant>\w+))?\.json"
@@ -125,7 +126,7 @@ def repo_files(folder: Path) -> dict[str, Path]:
 def plan_push(repos: Sequence[Path], namespace: str, *, also_there: Sequence[str] = ()) -> list[Upload]:
     """What pushing repositories would send; asks nobody. Priors come before the decoders whose cards name them.
 
-    In what is sent the cards name the repositories, and the priors among them, as they are called in the namespace;
+    In what is sent the cards name these repositories, as priors and in examples, as they are called in the namespace;
     the files in the folders stay as they are.
 
     Args:
@@ -204,7 +205,7 @@ def push(
     plan_push(repos, namespace)  # what is wrong here is found before anything is asked
     owner = check_access(namespace, create_pr=create_pr)
     api, done = HfApi(), []
-    uploads = plan_push(repos, namespace, also_there=_priors_there(api, repos, namespace))
+    uploads = plan_push(repos, namespace, also_there=_also_there(api, repos, namespace))
     for upload in uploads:
         try:
             open_repo(upload.repo_id, private=private)
@@ -344,11 +345,17 @@ def _priors(card: ModelCard) -> list[str]:
     return [named] if isinstance(named, str) else list(named or ())
 
 
-def _priors_there(api: HfApi, repos: Sequence[Path], namespace: str) -> list[str]:
-    """Names of priors of the repositories that are not among them, but in the namespace."""
-    named = {prior.split("/")[-1] for repo in repos for prior in _priors(_card(repo))} - {repo.name for repo in repos}
-    with advice_on(f"The priors of {namespace} cannot be looked up"):
+def _also_there(api: HfApi, repos: Sequence[Path], namespace: str) -> list[str]:
+    """Names of repositories that the cards of these name, as priors or in examples, and that are in the namespace."""
+    named = set().union(*(_names_in(_card(repo)) for repo in repos)) - {repo.name for repo in repos}
+    with advice_on(f"The repositories of {namespace} cannot be looked up"):
         return [name for name in sorted(named) if api.repo_exists(f"{namespace}/{name}")]
+
+
+def _names_in(card: ModelCard) -> set[str]:
+    known = {path.stem for path in CARDS.glob("*.md")}
+    quoted = {name.split("/")[-1] for name in _QUOTED.findall(card.text)}
+    return {prior.split("/")[-1] for prior in _priors(card)} | (quoted & known)
 
 
 def _replaced(files: Mapping[str, Any], there: Sequence[str]) -> list[str]:

@@ -137,18 +137,20 @@ def test_cards_name_what_was_pushed_beside(hub: FakeHub, from_hub: PythonProcess
     assert 'load("ns/a-decoder")' in card.text
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_decoder_alone_names_the_prior_of_the_namespace_if_there_is_one(
-    hub: FakeHub, from_hub: PythonProcess, release: Path, there: bool
+@pytest.mark.parametrize("namespace", ["ns", "kandinsky-community"])
+def test_a_card_names_the_repositories_of_the_namespace_that_were_pushed_before(
+    hub: FakeHub, from_hub: PythonProcess, release: Path, namespace: str
 ) -> None:
-    if there:
-        hub.repos["ns/the-prior"] = release / "the-prior"
+    card = release / "a-decoder" / "README.md"
+    card.write_text(card.read_text() + '    load("kandinsky-community/kandinsky-3-1")\n')
+    hub.repos |= {f"{namespace}/the-prior": release / "the-prior", f"{namespace}/kandinsky-3-1": release / "the-prior"}
 
     output = from_hub.run(RUN, "push", release / "a-decoder", "ns")[1]
 
-    prior = "ns/the-prior" if there else "kandinsky-community/the-prior"
-    assert f"(its prior: {prior})" in output
-    assert ModelCard.load(hub.repos["ns/a-decoder"] / "README.md").data["prior"] == [prior]
+    pushed = ModelCard.load(hub.repos["ns/a-decoder"] / "README.md")
+    assert pushed.data["prior"] == [f"{namespace}/the-prior"]
+    assert f'load("{namespace}/kandinsky-3-1")' in pushed.text
+    assert f"(its prior: {namespace}/the-prior)" in output
     assert hub.commits.keys() == {"ns/a-decoder"}
 
 
