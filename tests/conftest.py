@@ -69,7 +69,7 @@ def stock(on_hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pyt
 @pytest.fixture(scope="session")
 def on_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, PythonProcess]]:
     """A Hub without repositories, and a process that fetches from it; use `hub` and `from_hub`."""
-    with FakeHub({}) as hub:
+    with FakeHub({}, tmp_path_factory.mktemp("pushed")) as hub:
         process = PythonProcess(hub.environment(tmp_path_factory.mktemp("cache")))
         yield hub, process
         process.close()
@@ -79,8 +79,9 @@ def on_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, 
 def hub(on_hub: tuple[FakeHub, PythonProcess]) -> FakeHub:
     """A Hub to which a test adds repositories."""
     hub = on_hub[0]
-    hub.repos.clear()
+    hub.forget()
     hub.requests.clear()
+    hub.fault = None
     return hub
 
 

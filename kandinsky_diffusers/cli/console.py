@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 def plain_errors() -> Iterator[None]:
     """Errors of the user's making become one message and the exit code 1."""
     from ..conversion import ConversionError
+    from ..hub_errors import HubError
 
     try:
         yield
-    except (ConversionError, FileNotFoundError, FileExistsError) as error:
+    except (ConversionError, HubError, FileNotFoundError, FileExistsError) as error:
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
 
