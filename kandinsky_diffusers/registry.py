@@ -7,6 +7,7 @@ A class with a stock name replaces the stock class under its key in the AutoPipe
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from importlib import import_module
 from typing import Any
 
 import diffusers
@@ -113,6 +114,9 @@ def register() -> None:
         _put(diffusers.__dict__, cls.__name__, cls)
     methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in COMPONENTS}
     _put(loadable, LIBRARY, methods)
+    # so that components come from here even if a repository brings modules for where we are not imported, and needs no
+    # `trust_remote_code` then
+    _put(diffusers.pipelines.__dict__, LIBRARY, import_module(LIBRARY))
     for name, names_of_methods in methods.items():
         _put(importable, name, names_of_methods)
 

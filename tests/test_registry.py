@@ -48,6 +48,7 @@ def snapshot() -> dict[str, Any]:
     }
     ours = (*PIPELINES, *registry.OTHER_PIPELINES, *registry.COMPONENTS)
     attributes = {cls.__name__: vars(diffusers).get(cls.__name__) for cls in ours}
+    attributes["pipelines"] = vars(diffusers.pipelines).get(registry.LIBRARY)
     return {**listed, "loadable": list(loadable), "importable": list(importable), "attributes": attributes}
 
 

@@ -51,6 +51,13 @@ def convert(
         bool, typer.Option("--link-shared", help="Hard links for models that several repositories share.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace repositories that are there.")] = False,
+    trust_remote_code_stub: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code-stub",
+            help="Add a pipeline.py, for custom_pipeline=REPO, trust_remote_code=True without an import.",
+        ),
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would become of every key.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read back, compare bit for bit, run once.")] = False,
     push_to_hub: Annotated[
@@ -94,6 +101,7 @@ def convert(
                 layout=layout,
                 link_shared=link_shared,
                 overwrite=overwrite,
+                trust_remote_code_stub=trust_remote_code_stub,
                 verify=verify,
                 progress=lambda **options: Bar(bars, **options),
             )

@@ -70,6 +70,7 @@ def convert(
     layout: str = "split",
     link_shared: bool = False,
     overwrite: bool = False,
+    trust_remote_code_stub: bool = False,
     verify: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -94,6 +95,9 @@ def convert(
             into each decoder's, which then needs no other.
         link_shared: whether files that several repositories share are hard links, and take space once.
         overwrite: whether to replace repositories that are there.
+        trust_remote_code_stub: whether repositories with a pipeline get a ``pipeline.py``, so that
+            ``DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`` gives our
+            pipeline where this package is installed, but has not been imported.
         verify: whether to read everything back, compare it with the source, and run each repository once.
         progress: makes progress bars; called with tqdm's arguments, ``tqdm.tqdm`` itself for example.
 
@@ -101,7 +105,7 @@ def convert(
         ConversionError: anything is wrong; ``output`` is then as it was.
     """
     output = Path(output)
-    options = Output(dtype, variant, parse_size(max_shard_size), progress, link_shared)
+    options = Output(dtype, variant, parse_size(max_shard_size), progress, link_shared, trust_remote_code_stub)
     config = read_config(original_config)
     folder = find_folder(source, "source")
     release = choose_release(folder, version, layout)
@@ -149,7 +153,7 @@ def _models(repos: Sequence[Repo]) -> list[ModelComponent]:
 
 
 def _verify(written: Mapping[Repo, Path], writer: RepoWriter) -> dict[str, Any]:
-    from .verify import verify_repo
+    from .verification import verify_repo
 
     return {repo.name: verify_repo(repo, place, writer) for repo, place in written.items()}
 

@@ -40,6 +40,12 @@ def arrange(release: Release, layout: str) -> Release:
     return replace(release, repos=tuple(repos), layout=layout)
 
 
+def layouts_of(release: Release) -> list[Release]:
+    """``release`` in each of the layouts that it has."""
+    joined = any(repo.joined for repo in release.repos)
+    return [arrange(release, layout) for layout in (LAYOUTS if joined else LAYOUTS[:1])]
+
+
 def _prefixed(repo: Repo, prefix: str) -> tuple[Component, ...]:
     return tuple(replace(component, name=prefix + component.name) for component in repo.components)
 

@@ -20,6 +20,7 @@ from .transforms import Transform
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
+LEFT_OUT = "left out with --drop"  # the reason for keys that match a user's pattern
 _SHOWN = 5
 
 
@@ -109,7 +110,7 @@ class _Matcher:
     def drop_by_glob(self, patterns: Sequence[str]) -> None:
         for key in self._shapes:
             if any(fnmatchcase(key, pattern) for pattern in patterns):
-                self.dropped[key] = "left out with --drop"
+                self.dropped[key] = LEFT_OUT
 
     def assign_keys(self) -> None:
         drops = [(Template(drop.source, self._table.paths), drop.reason) for drop in self._table.drops]

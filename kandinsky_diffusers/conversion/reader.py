@@ -141,7 +141,10 @@ class SafetensorsFile(WeightFile):
 
 
 class ShardedFile(WeightFile):
-    """Named tensors of several files, which an index (``model.safetensors.index.json`` and the like) lists."""
+    """Named tensors of several files, which an index (``model.safetensors.index.json`` and the like) lists.
+
+    Those that it does not list are there as well; ``unlisted`` names them.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, {})
@@ -155,6 +158,7 @@ class ShardedFile(WeightFile):
         for key, name in listed.items():
             if key not in self._homes or self._homes[key].path.name != name:
                 raise ConversionError(f"{path} says that {key} is in {name}, which it is not.")
+        self.unlisted = [key for key in self._homes if key not in listed]
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -63,7 +63,7 @@ class Record:
             }
             for component, plan in plans.items()
         }
-        options = {"dtype": output.dtype, "variant": output.variant, "layout": release.layout}
+        options = {"dtype": output.dtype, "variant": output.variant, "layout": release.layout, "stub": output.stub}
         return cls(release, sources, models, options, _dropped(plans, inputs))
 
     def of_repo(self, repo: Repo, check: dict[str, Any] | None) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Record:
             "versions": versions(),
             "version": self.release.version,
             "repository": repo.name,
-            "options": self.options,
+            "options": self.options | {"stub": self.options["stub"] and repo.pipeline is not None},
             "sources": {label: facts for name in used for label, facts in self.sources[name].items()},
             "components": models,
             "verification": check,

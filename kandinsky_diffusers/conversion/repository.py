@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from .errors import ConversionError
 from .matching import Step
 from .planning import ModelPlan
-from .reader import WeightFile
 from .recipe import ConfigComponent, FilesComponent, Inputs, ModelComponent, Repo, WeightsComponent
+from .stub import write_stubs
+from .tensors import Tensors
 from .writer import Entry, ShardedWriter, write_json
 
 
@@ -51,6 +52,7 @@ class Output:
         max_shard_size: bytes per file.
         progress: makes a progress bar, with tqdm's arguments; None for none.
         link_shared: whether a model that several repositories have is hard-linked instead of copied.
+        stub: whether a repository with a pipeline gets the modules of :mod:`.stub`.
     """
 
     dtype: str = "auto"
@@ -58,6 +60,7 @@ class Output:
     max_shard_size: int = 5 * 10**9
     progress: Progress | None = None
     link_shared: bool = False
+    stub: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -125,6 +128,9 @@ class RepoWriter:
                 component.write(self.inputs, place)
         if repo.pipeline is not None:
             write_json(target / "model_index.json", model_index(repo, self.inputs))
+            if self.output.stub:
+                classes = {component.name: component.entry(self.inputs) for component in repo.components}
+                write_stubs(target, repo.name, repo.pipeline, classes)
         return target
 
     def size(self, repos: Iterable[Repo]) -> int:
@@ -161,7 +167,7 @@ class RepoWriter:
         if isinstance(plan.component, WeightsComponent):  # loaded by its name
             variant, limit = None, sum(entry.size for entry in entries)
         writer = ShardedWriter(place, weights_stem(plan), entries, limit, variant, advance)
-        source = merged(plan, self.inputs)
+        source = source_of(plan, self.inputs)
         with closing(writer):
             for step in plan.plan.steps:
                 try:
@@ -173,18 +179,18 @@ class RepoWriter:
             writer.check_complete()
 
 
-def merged(plan: ModelPlan, inputs: Inputs) -> Mapping[str, WeightFile]:
-    """Source key to the file that has it."""
-    return {key: inputs.files[name] for name in plan.files for key in inputs.files[name].shapes}
+def source_of(plan: ModelPlan, inputs: Inputs) -> Tensors:
+    """The tensors that a model is made from."""
+    return Tensors(inputs.files[name] for name in plan.files)
 
 
-def run_step(step: Step, source: Mapping[str, WeightFile]) -> tuple[Any, ...]:
+def run_step(step: Step, source: Tensors) -> tuple[Any, ...]:
     """The tensors that a step makes."""
     import torch
 
     if step.constant is not None:
         return (torch.full(step.shapes[0], step.constant),)
-    tensors = tuple(source[key].tensor(key) for key in step.sources)
+    tensors = tuple(source.tensor(key) for key in step.sources)
     for transform in step.transforms:
         tensors = transform(tensors)
     return tensors

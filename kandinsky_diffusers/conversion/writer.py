@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import ConversionError
 from .matching import Shape
+from .pieces import extremes, pieces
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _CODES = {
     "bool": "BOOL",
 }
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PIECE = 1 << 22  # elements that are checked, cast and written at a time
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Shard:
         if tuple(tensor.shape) != entry.shape:
             raise ConversionError(f"{key} has the shape {list(tensor.shape)}, but {list(entry.shape)} was planned.")
         file.seek(self._offsets[key])
-        for piece in tensor.reshape(-1).split(_PIECE):
+        for piece in pieces(tensor):
             advance(file.write(_bytes_of(key, piece, entry.dtype)))
         if not self._waiting:
             self.close()
@@ -187,11 +187,10 @@ def _bytes_of(key: str, piece: torch.Tensor, dtype: str) -> memoryview:
 
     wanted = getattr(torch, dtype)
     if piece.is_floating_point() and piece.numel():
-        # the extremes are NaN if any value is; twenty times faster than isfinite().all()
-        extremes = torch.stack(torch.aminmax(piece))
-        if not extremes.isfinite().all():
+        found = extremes(piece)
+        if not found.isfinite().all():
             raise ConversionError(f"{key} holds NaN or infinite values. The file is damaged; nothing was written.")
-        if not extremes.to(wanted).isfinite().all():
+        if not found.to(wanted).isfinite().all():
             raise ConversionError(f"{key} holds values too large for {dtype}. Choose another dtype.")
     return piece.to(wanted).contiguous().view(torch.uint8).numpy().data
 

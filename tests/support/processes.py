@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,29 @@ class PythonProcess:
         Raises:
             AssertionError: it has raised, or has imported this package where it must not.
         """
+        answer = self._ask(code, arguments, in_child=False)
+        assert not (self._is_stock and answer["has_package"]), f"{PACKAGE} was imported"
+        return answer["result"]
+
+    def run_in_child(self, code: str, *arguments: Any) -> Any:
+        """The same in a child of the process, which ends afterwards: what `code` imports is imported there alone.
+
+        Raises:
+            AssertionError: it has raised.
+        """
+        return self._ask(code, arguments, in_child=True)["result"]
+
+    def _ask(self, code: str, arguments: Sequence[Any], in_child: bool) -> dict[str, Any]:
         if self._process is None:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             command = [sys.executable, "-m", __name__]
             self._process = subprocess.Popen(command, env=self._environment, text=True, **pipes)
         process: Any = self._process
-        process.stdin.write(json.dumps([code, *map(str, arguments)]) + "\n")
+        process.stdin.write(json.dumps([in_child, code, *map(str, arguments)]) + "\n")
         process.stdin.flush()
         answer = json.loads(process.stdout.readline())
         assert "error" not in answer, answer["error"]
-        assert not (self._is_stock and answer["has_package"]), f"{PACKAGE} was imported"
-        return answer["result"]
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -63,10 +75,15 @@ class PythonProcess:
 def _serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
-        code, *arguments = json.loads(line)
+        in_child, code, *arguments = json.loads(line)
         sys.argv = ["code", *arguments]
+        if in_child and os.fork():
+            os.wait()
+            continue
         answers.write(json.dumps(_answer(code)) + "\n")
         answers.flush()
+        if in_child:
+            os._exit(0)
 
 
 def _answer(code: str) -> dict[str, Any]:
