@@ -82,8 +82,8 @@ def generate(
     check_choice("offload", offload, tuple(OFFLOADS))
     process = _process(device)
     device = torch.device(device or process.device or "cpu")
-    if device.type == "cpu" and offload != "none":
-        raise GenerationError(f"`offload` is {offload!r}, and pictures are drawn on the CPU; accepted is 'none'.")
+    if device.type == "cpu" and offload == "sequential":
+        raise GenerationError("`offload` is 'sequential', and pictures are drawn on the CPU; accepted is 'none'.")
     dtype = settings.dtype or ("float32" if device.type == "cpu" else "float16")
     run = Run(numbered(jobs, seed, images_per_prompt), replace(settings, dtype=dtype))
     folder = RunFolder(Path(output), run)

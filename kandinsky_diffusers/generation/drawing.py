@@ -234,11 +234,12 @@ def _naming(batch: Batch) -> Iterator[None]:
 def _record_of(job: Job, settings: Settings, used: Mapping[str, Any]) -> dict[str, Any]:
     """All that makes a picture again, defaults included."""
     size = f"{used['width']}x{used['height']}" if used.get("height") and used.get("width") else None
-    own = {name: used.get(argument) for name, argument in OF_PIPELINES.items()}
-    others = {name: value for name, value in settings.arguments.items() if name in used}
+    own: dict[str, Any] = {name: used.get(argument) for name, argument in OF_PIPELINES.items()}
+    own |= {"arguments": {name: value for name, value in settings.arguments.items() if name in used}}
+    own |= {"controlnet": settings.controlnet if job.hint is not None else None}
     record = {
         "job": replace(job, size=size).record(),
-        "settings": replace(settings, arguments=others, **own).record(),
+        "settings": replace(settings, **own).record(),
         "versions": VERSIONS,
     }
     inputs = {key: each.sha256 for key, each in job.inputs.items()}
