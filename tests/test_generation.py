@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -262,6 +264,17 @@ def test_another_run_is_replaced_only_when_told_and_other_files_stay(tmp_path: P
 # ---------------------------------------------------------------------------------------------------------- drawing
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As many as a machine with two cores has for one process alone; the others have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
     converted_21: Path, pictures: Path, tmp_path: Path, from_hub: PythonProcess
 ) -> None:
@@ -273,7 +286,6 @@ def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
         {"prompt": "a hat", **cat, "size": "64x32"},
         {"prompt": "a hat", **cat, **mask},
         {"prompt": "a dog"},
-        {"prompt": "a bird"},
         {"prompt": "a cup", "negative": "blur"},
     )
     common = ["-f", path, "--size", "64x64", "--steps", 2, "--strength", 0.9, "--batch-size", 2]
@@ -284,6 +296,10 @@ def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
         arguments = ["generate", str(converted_21 / "kandinsky-2-1"), str(output), *map(str, common)]
         return from_hub.run(LAUNCH, json.dumps(arguments), processes, files)
 
+    too_weak = run(converted_21 / "kandinsky-2-1", alone, *common, "--strength", 0.1)
+    assert "picture 2: `strength` of 0.1 leaves none of 2 steps" in too_weak.stderr
+    assert not list(alone.glob("*.png"))
+
     result = run(converted_21 / "kandinsky-2-1", alone, *common)
     assert result.exit_code == 0, result.output
     names = [
@@ -292,8 +308,7 @@ def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
         "00002-a-hat-2.png",
         "00003-a-hat-3.png",
         "00004-a-dog-4.png",
-        "00005-a-bird-5.png",
-        "00006-a-cup-6.png",
+        "00005-a-cup-5.png",
     ]
     assert sorted(contents(alone)) == [*names, "manifest.jsonl", "run.json"]
     assert [line["file"] for line in manifest(alone)] == names
@@ -305,7 +320,7 @@ def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
     assert launch(resumed, 1, files=4) == [-signal.SIGKILL]  # run.json, a batch of two, and one of the next two
     there = {path.name: path.stat().st_ino for path in resumed.glob("*.png")}
     assert len(there) == 3
-    assert launch(resumed, 3) == [0, 0, 0]
+    assert launch(resumed, 2) == [0, 0]
     assert contents(resumed) == contents(alone)
     assert {name: (resumed / name).stat().st_ino for name in there} == there
 

@@ -50,6 +50,9 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Of a Hub repository: branch, tag or commit.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to draw, such as cuda:1 or cpu.")] = None,
     offload: Annotated[str, typer.Option(help="none, model or sequential: what waits in main memory.")] = "none",
+    threads: Annotated[
+        int | None, typer.Option(help="On the CPU, of each process; last bits depend on it. [1]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures of another run.")] = False,
 ) -> None:
     """Draw pictures, with their parameters inside, into a folder. Start it again, and it goes on where it was.
@@ -73,6 +76,7 @@ def generate(
                 guidance_scale=guidance_scale,
                 strength=strength,
                 batch_size=batch_size,
+                threads=threads,
                 arguments=dict(map(_argument, set_ or [])),
             ),
             output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,9 +57,8 @@ def generate(
 
     A run that was ended, even by SIGKILL, is finished by the same call: what is there stays, the rest is drawn. Under
     `accelerate launch` or `torchrun` batches are shared out over the processes, also of several machines with a common
-    folder. Which pictures are drawn together depends on the jobs alone, so pictures do not depend on the number of
-    processes, nor on where a run was ended; on the CPU as long as each process has as many threads
-    (`OMP_NUM_THREADS`).
+    folder. Which pictures are drawn together depends on the jobs alone, so that the files are the same whatever the
+    number of processes (of one kind of device), and wherever a run was ended.
 
     Args:
         jobs: of any tasks; pictures are numbered in their order, from 0.
@@ -84,27 +84,24 @@ def generate(
     device = torch.device(device or process.device or "cpu")
     if device.type == "cpu" and offload == "sequential":
         raise GenerationError("`offload` is 'sequential', and pictures are drawn on the CPU; accepted is 'none'.")
-    dtype = settings.dtype or ("float32" if device.type == "cpu" else "float16")
-    run = Run(numbered(jobs, seed, images_per_prompt), replace(settings, dtype=dtype))
+    run = Run(numbered(jobs, seed, images_per_prompt), _settings_on(device, settings))
     folder = RunFolder(Path(output), run)
     folder.check(overwrite)
     with process.main_process_first():
         if process.is_main_process:
             folder.prepare(None if folder.is_mine else _commit_of(settings))
 
-    batches = batches_of(run.jobs, settings.batch_size)
-    share = batches[process.process_index :: process.num_processes]
-    missing = [batch for batch in share if not all(map(folder.has, batch.numbers))]
-    drawn = 0
-    if missing:
-        artist = Artist(run.jobs, replace(run.settings, revision=folder.commit or settings.revision), device, offload)
-        artist.check(batches)
-        for batch in _counted(missing, progress if process.is_main_process else None):
-            pictures = artist.draw(batch)
-            drawn += sum([folder.save(number, *each) for number, each in zip(batch.numbers, pictures, strict=True)])
+    drawn = _draw(folder, process, device, offload, progress)
     if folder.is_complete and (drawn or not folder.manifest.is_file()):
         folder.write_manifest()
     return Report(drawn, len(run.jobs), folder.manifest if folder.is_complete else None, process.is_main_process)
+
+
+def _settings_on(device: torch.device, settings: Settings) -> Settings:
+    """With what the device decides on, so that records say it."""
+    if device.type == "cpu":
+        return replace(settings, dtype=settings.dtype or "float32", threads=settings.threads or 1)
+    return replace(settings, dtype=settings.dtype or "float16", threads=None)
 
 
 def _process(device: str | torch.device | None) -> PartialState:
@@ -122,6 +119,37 @@ def _commit_of(settings: Settings) -> str | None:
         return resolve_revision(settings.repo, revision=settings.revision).resolved
     except (HfHubHTTPError, HFValidationError, RevisionResolutionError) as error:
         raise FileNotFoundError(f"{settings.repo!r} is no folder, and the Hub does not give it: {error}") from error
+
+
+def _draw(
+    folder: RunFolder, process: PartialState, device: torch.device, offload: str, progress: Progress | None
+) -> int:
+    """Draw what is missing of this process's share, batch by batch; returns the number of new pictures."""
+    run = folder.run
+    batches = batches_of(run.jobs, run.settings.batch_size)
+    share = batches[process.process_index :: process.num_processes]
+    missing = [batch for batch in share if not all(map(folder.has, batch.numbers))]
+    if not missing:
+        return 0
+    settings = replace(run.settings, revision=folder.commit or run.settings.revision)
+    drawn = 0
+    with _threads(settings.threads):
+        artist = Artist(run.jobs, settings, device, offload)
+        artist.check(batches)
+        for batch in _counted(missing, progress if process.is_main_process else None):
+            pictures = artist.draw(batch)
+            drawn += sum([folder.save(number, *each) for number, each in zip(batch.numbers, pictures, strict=True)])
+    return drawn
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _counted(batches: Sequence[Batch], progress: Progress | None) -> Iterator[Batch]:

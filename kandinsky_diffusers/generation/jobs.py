@@ -115,6 +115,8 @@ class Settings:
         guidance_scale: likewise.
         strength: likewise, for the tasks that take it.
         batch_size: how many pictures are drawn at once.
+        threads: of each process that draws on the CPU; None is 1. Last bits of pictures depend on it, so that it is not
+            left to the number of cores and processes.
         arguments: other arguments of the pipelines, by name, such as `prior_num_inference_steps`.
 
     Raises:
@@ -130,10 +132,12 @@ class Settings:
     guidance_scale: float | None = None
     strength: float | None = None
     batch_size: int = 1
+    threads: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_counts(batch_size=self.batch_size, steps=1 if self.steps is None else self.steps)
+        counts = {name: getattr(self, name) for name in ("batch_size", "threads", "steps")}
+        check_counts(**{name: count for name, count in counts.items() if count is not None})
         check_choice("dtype", self.dtype, (None, *DTYPES))
         if self.strength is not None:
             check_strength(self.strength)
