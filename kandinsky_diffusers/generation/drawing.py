@@ -107,9 +107,8 @@ class Artist:
             GenerationError: they do not, or need more; every such thing is named, of many the first ones.
         """
         _check_names(self._pipelines, self._jobs, self._settings)
-        first = {batch.kind: batch for batch in reversed(batches)}
-        for kind, batch in first.items():
-            pipeline = self._pipelines[kind]
+        for kind, pipeline in self._pipelines.items():
+            batch = next(batch for batch in batches if batch.kind == kind)
             plan = getattr(pipeline, "_plan", None) or getattr(pipeline, "_check", dict)  # dict: for one not of ours
             with _naming(batch):
                 plan(complete_arguments(pipeline, self._arguments_for(pipeline, batch)))

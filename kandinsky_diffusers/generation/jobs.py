@@ -115,8 +115,8 @@ class Settings:
         guidance_scale: likewise.
         strength: likewise, for the tasks that take it.
         batch_size: how many pictures are drawn at once.
-        threads: of each process that draws on the CPU; None is 1. Last bits of pictures depend on it, so that it is not
-            left to the number of cores and processes.
+        threads: of each process that draws on the CPU; None is 1. Last bits of pictures depend on it, which is why
+            the number of cores and processes does not decide.
         arguments: other arguments of the pipelines, by name, such as `prior_num_inference_steps`.
 
     Raises:
