@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .inputs import as_prompts, as_weights, beautified, check_counts
 from .lora import KandinskyLoraMixin
-from .options import Pictures
+from .options import Pictures, complete_arguments
 from .prior_call import check_mixable
 
 
@@ -149,6 +149,18 @@ class ConnectedPriorMixin(KandinskyLoraMixin):
         Args:
             arguments: of `__call__`, by their names. Those that begin with `prior_` are for the prior.
         """
+        for_prior, for_decoder = self._plan(arguments)
+        if (beautifier := arguments["prompt_beautifier"]) is not None:
+            better = {"prompt": beautified(as_prompts(arguments["prompt"]), beautifier), "prompt_beautifier": None}
+            for_prior |= better
+            for_decoder |= {name: value for name, value in better.items() if name in for_decoder}
+        embeds = self.prior_pipe(**for_prior)
+        output = self.decoder_pipe(**for_decoder, **dict(zip(EMBEDS, embeds, strict=True)))
+        self.maybe_free_model_hooks()
+        return output
+
+    def _plan(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments for the prior and for the decoder, checked; no model runs."""
         prior, decoder = self.prior_pipe, self.decoder_pipe
         check_counts(num_images_per_prompt=arguments["num_images_per_prompt"])
         prompts, each = len(as_prompts(arguments["prompt"])), arguments["num_images_per_prompt"]
@@ -162,15 +174,8 @@ class ConnectedPriorMixin(KandinskyLoraMixin):
 
         own = {name.removeprefix("prior_"): arguments[name] for name in arguments if name.startswith("prior_")}
         for_prior = {name: arguments[name] for name in FOR_PRIOR} | own | {"return_dict": False}
-        _check_call(prior, for_prior)
-        if (beautifier := arguments["prompt_beautifier"]) is not None:
-            better = {"prompt": beautified(as_prompts(arguments["prompt"]), beautifier), "prompt_beautifier": None}
-            for_prior |= better
-            for_decoder |= {name: value for name, value in better.items() if name in for_decoder}
-        embeds = prior(**for_prior)
-        output = decoder(**for_decoder, **dict(zip(EMBEDS, embeds, strict=True)))
-        self.maybe_free_model_hooks()
-        return output
+        prior._check(complete_arguments(prior, for_prior))
+        return for_prior, for_decoder
 
     @torch.no_grad()
     def mix(
@@ -264,14 +269,8 @@ def _parameters_of(pipeline: Any) -> Sequence[str]:
 
 def _check_decoder(decoder: Any, arguments: dict[str, Any], images: int) -> None:
     """Check what the decoder will be called with, when there are no embeddings yet."""
-    _check_call(decoder, arguments | dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width)))
-
-
-def _check_call(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    """Check what a pipeline will be called with; nothing runs."""
-    call = inspect.signature(type(pipeline).__call__).bind(pipeline, **arguments)
-    call.apply_defaults()
-    pipeline._check(call.arguments)
+    embeds = dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width))
+    decoder._plan(complete_arguments(decoder, arguments | embeds))
 
 
 def _repeat_each(pictures: Any, prompts: int, times: int) -> Any:

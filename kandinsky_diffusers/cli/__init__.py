@@ -9,6 +9,7 @@ import typer
 
 from .conversion import convert, inspect
 from .drawing import demo
+from .generate import generate
 from .push import push
 from .verify import verify
 
@@ -20,5 +21,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (convert, inspect, verify, push, demo):
+for command in (convert, inspect, verify, push, generate, demo):
     app.command()(command)
