@@ -9,7 +9,10 @@ GOLDENS_21 := tests/data/goldens/kandinsky-2.1
 TINY_REPOS := build/tiny-repos
 # `make drift`: where its environments are, and the tests that touch most of what other libraries may change
 DRIFT ?= build/drift
-DRIFT_TESTS := tests/test_registry.py
+DRIFT_TESTS := tests/test_registry.py tests/test_compatibility.py \
+	tests/test_hub_loading.py tests/k20/test_hub.py tests/k22/test_loading.py tests/k3/test_loading.py \
+	tests/conversion/test_convert.py tests/k21/test_golden_pipelines.py tests/k3/test_quantization.py \
+	tests/test_examples.py
 
 .PHONY: help install demo examples test drift drift-oldest drift-newest upstream-tests check format bench clean
 
