@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 import socket
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ from tests.support.tiny_repos import write_tiny_repos
 Built = Callable[[str, Callable[[Path], Any]], Path]
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+UPSTREAM = ("torch", "diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "peft")
+
+
+def pytest_report_header() -> str:
+    """The versions that a run speaks of; `make drift` varies them."""
+    return ", ".join(f"{name} {version(name)}" for name in UPSTREAM)
 
 
 @pytest.fixture(scope="session", autouse=True)
