@@ -1,0 +1,38 @@
+"""Reading the front matter of a model card of unknown origin."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+_LARGEST = 2**16  # characters; those of published cards have some hundreds
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+
+
+def read_front_matter(card: Path) -> dict[str, Any]:
+    """The YAML at the head of a card, as texts, lists and dicts; empty where there is none.
+
+    Scalars stay texts, and tags, merge keys and the like are not acted on: they are what makes a few lines of YAML
+    grow without bounds.
+
+    Raises:
+        ValueError: it is longer than 65536 characters, or no mapping in YAML.
+    """
+    with card.open(encoding="utf-8", errors="replace", newline="") as file:
+        text = file.read(_LARGEST)
+    found = _FRONT_MATTER.match(text)
+    if found is None:
+        if text.lstrip().startswith("---") and len(text) == _LARGEST:
+            raise ValueError(f"the front matter of {card} is longer than {_LARGEST} characters")
+        return {}
+    try:
+        content = yaml.load(found[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"the front matter of {card} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"the front matter of {card} is a {type(content).__name__}; a mapping is expected")
+    return content
