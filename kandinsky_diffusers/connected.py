@@ -344,7 +344,7 @@ def _named_by_card(card: Path) -> str | None:
     named = read_front_matter(card).get("prior")
     first = next(iter(named), None) if isinstance(named, list) else named
     if first is not None and not isinstance(first, str):
-        raise ValueError(f"{card} names {first!r:.80} as `prior`; accepted is a name, or a list of names.")
+        raise ValueError(f"{card} has a {type(first).__name__} as `prior`; accepted is a name, or a list of names.")
     return first or None
 
 

@@ -212,7 +212,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name in listed.values():
         beside = isinstance(name, str) and Path(name).name == name and name.endswith((".safetensors", ".bin"))
         if not beside or not (path.parent / name).is_file():
-            raise ConversionError(f"{path} lists {name!r}, which is not a file beside it.")
+            raise ConversionError(f"{path} lists {name!r:.80}, which is not a file beside it.")
     return listed
 
 

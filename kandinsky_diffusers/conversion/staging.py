@@ -94,7 +94,7 @@ def check_free(output: Path, names: Iterable[str], overwrite: bool, sources: Ite
         raise ConversionError(f"The output {output} is a file; a folder is expected.")
     taken = [output / name for name in names if os.path.lexists(output / name)]
     for place in taken:
-        if any(source.resolve().is_relative_to(place.resolve()) for source in sources):
+        if any(Path(os.path.realpath(source)).is_relative_to(os.path.realpath(place)) for source in sources):
             raise ConversionError(f"{place} holds the source and cannot be replaced. Choose another output folder.")
     if taken and not overwrite:
         places = ", ".join(str(place) for place in taken)
