@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,9 +15,10 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from .front_matter import read_front_matter
 from .inputs import as_prompts, as_weights, beautified, check_counts
 from .lora import KandinskyLoraMixin
 from .options import Pictures, complete_arguments
@@ -48,6 +50,8 @@ FOR_PRIOR = (
     "num_images_per_prompt",
     "generator",
 )
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 _prior_is_given: ContextVar[bool] = ContextVar("prior_is_given", default=False)
 
@@ -336,18 +340,22 @@ def _sibling(folder: Path) -> Path | None:
 def _named_by_card(card: Path) -> str | None:
     if not card.is_file():
         return None
-    named = ModelCard.load(card, ignore_metadata_errors=True).data.get("prior")
-    if isinstance(named, list):
-        return named[0] if named else None
-    return named
+    named = read_front_matter(card).get("prior")
+    first = next(iter(named), None) if isinstance(named, list) else named
+    if first is not None and not isinstance(first, str):
+        raise ValueError(f"{card} has a {type(first).__name__} as `prior`; accepted is a name, or a list of names.")
+    return first or None
 
 
 def _named_by_card_on_hub(repo: str, hub_options: dict[str, Any]) -> str | None:
     options = {name: value for name, value in hub_options.items() if name != "proxies"}
     try:
-        return _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
+        named = _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
     except EntryNotFoundError:
         return None
+    if named is not None and not _HUB_ID.fullmatch(named):
+        raise ValueError(f"the card of {repo} names {named!r:.80} as `prior`; accepted is the id of a Hub repository.")
+    return named
 
 
 def _dtypes_of_prior(options: dict[str, Any]) -> dict[str, Any]:

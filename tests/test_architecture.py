@@ -110,7 +110,7 @@ def test_no_folder_is_called_like_a_part_of_diffusers_pipelines() -> None:
 def test_checkpoints_are_read_in_one_place() -> None:
     readers = {name_of(path) for path in MODULES for function, _ in calls(path) if function == "torch.load"}
 
-    assert readers <= {"kandinsky_diffusers/conversion/reader.py"}
+    assert readers <= {"kandinsky_diffusers/conversion/torch_file.py"}
 
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=name_of)
