@@ -7,13 +7,20 @@ INSTALLED_UPSTREAM := $(VENV)/.installed-upstream
 DEMO_RELEASE := build/demo-release
 GOLDENS_21 := tests/data/goldens/kandinsky-2.1
 TINY_REPOS := build/tiny-repos
+# `make drift`: where its environments are, and the tests that touch most of what other libraries may change
+DRIFT ?= build/drift
+DRIFT_TESTS := tests/test_registry.py tests/test_compatibility.py \
+	tests/test_hub_loading.py tests/k20/test_hub.py tests/k22/test_loading.py tests/k3/test_loading.py \
+	tests/conversion/test_convert.py tests/k21/test_golden_pipelines.py tests/k3/test_quantization.py \
+	tests/test_examples.py
 
-.PHONY: help install demo examples test upstream-tests check format bench clean
+.PHONY: help install demo examples test drift drift-oldest drift-newest upstream-tests check format bench clean
 
 help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
+	@echo "make drift    test with the oldest and with the newest versions that setup.cfg admits (ARGS=tests: all tests)"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
@@ -51,6 +58,19 @@ examples: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# both, even if the first one fails
+drift:
+	$(MAKE) --keep-going drift-oldest drift-newest
+
+# made anew each time, as the newest versions are others every day
+drift-oldest drift-newest: drift-%: $(INSTALLED)
+	rm -rf $(DRIFT)/$*
+	$(BIN)/python -m venv $(DRIFT)/$*
+	$(BIN)/python -m tests.support.dependencies $* > $(DRIFT)/$*/constraints.txt
+	$(DRIFT)/$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(DRIFT)/$*/constraints.txt -e '.[test]'
+	$(DRIFT)/$*/bin/python -m pytest $(or $(ARGS),$(DRIFT_TESTS))
 
 upstream-tests: $(INSTALLED_UPSTREAM)
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout: make upstream-tests DIFFUSERS=path/to/diffusers" >&2; exit 1; }

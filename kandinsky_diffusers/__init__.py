@@ -5,6 +5,11 @@ Importing registers; `unregister()` gives diffusers back as it was.
 
 from __future__ import annotations
 
+# first: with another diffusers the rest may fail to import, for reasons that do not name the cause
+from .compatibility import UnsupportedDiffusersError
+
+
+# isort: split
 from . import k3, k20, k21, k22, superres
 from .beautify import PromptBeautifier
 from .k3 import *  # noqa: F403
@@ -13,7 +18,7 @@ from .k21 import *  # noqa: F403 (each family lists its public names)
 from .k22 import *  # noqa: F403
 from .movq import MoVQ
 from .prior import CachedPriorTransformer
-from .registry import UnsupportedDiffusersError, register, register_pipeline, unregister
+from .registry import register, register_pipeline, unregister
 from .schedulers import (
     Kandinsky3AncestralScheduler,
     Kandinsky3DDPMScheduler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,12 +15,13 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from .front_matter import read_front_matter
 from .inputs import as_prompts, as_weights, beautified, check_counts
 from .lora import KandinskyLoraMixin
-from .options import Pictures
+from .options import Pictures, complete_arguments
 from .prior_call import check_mixable
 
 
@@ -48,6 +50,8 @@ FOR_PRIOR = (
     "num_images_per_prompt",
     "generator",
 )
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 _prior_is_given: ContextVar[bool] = ContextVar("prior_is_given", default=False)
 
@@ -149,6 +153,18 @@ class ConnectedPriorMixin(KandinskyLoraMixin):
         Args:
             arguments: of `__call__`, by their names. Those that begin with `prior_` are for the prior.
         """
+        for_prior, for_decoder = self._plan(arguments)
+        if (beautifier := arguments["prompt_beautifier"]) is not None:
+            better = {"prompt": beautified(as_prompts(arguments["prompt"]), beautifier), "prompt_beautifier": None}
+            for_prior |= better
+            for_decoder |= {name: value for name, value in better.items() if name in for_decoder}
+        embeds = self.prior_pipe(**for_prior)
+        output = self.decoder_pipe(**for_decoder, **dict(zip(EMBEDS, embeds, strict=True)))
+        self.maybe_free_model_hooks()
+        return output
+
+    def _plan(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments for the prior and for the decoder, checked; no model runs."""
         prior, decoder = self.prior_pipe, self.decoder_pipe
         check_counts(num_images_per_prompt=arguments["num_images_per_prompt"])
         prompts, each = len(as_prompts(arguments["prompt"])), arguments["num_images_per_prompt"]
@@ -162,15 +178,8 @@ class ConnectedPriorMixin(KandinskyLoraMixin):
 
         own = {name.removeprefix("prior_"): arguments[name] for name in arguments if name.startswith("prior_")}
         for_prior = {name: arguments[name] for name in FOR_PRIOR} | own | {"return_dict": False}
-        _check_call(prior, for_prior)
-        if (beautifier := arguments["prompt_beautifier"]) is not None:
-            better = {"prompt": beautified(as_prompts(arguments["prompt"]), beautifier), "prompt_beautifier": None}
-            for_prior |= better
-            for_decoder |= {name: value for name, value in better.items() if name in for_decoder}
-        embeds = prior(**for_prior)
-        output = decoder(**for_decoder, **dict(zip(EMBEDS, embeds, strict=True)))
-        self.maybe_free_model_hooks()
-        return output
+        prior._check(complete_arguments(prior, for_prior))
+        return for_prior, for_decoder
 
     @torch.no_grad()
     def mix(
@@ -264,14 +273,8 @@ def _parameters_of(pipeline: Any) -> Sequence[str]:
 
 def _check_decoder(decoder: Any, arguments: dict[str, Any], images: int) -> None:
     """Check what the decoder will be called with, when there are no embeddings yet."""
-    _check_call(decoder, arguments | dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width)))
-
-
-def _check_call(pipeline: Any, arguments: Mapping[str, Any]) -> None:
-    """Check what a pipeline will be called with; nothing runs."""
-    call = inspect.signature(type(pipeline).__call__).bind(pipeline, **arguments)
-    call.apply_defaults()
-    pipeline._check(call.arguments)
+    embeds = dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width))
+    decoder._plan(complete_arguments(decoder, arguments | embeds))
 
 
 def _repeat_each(pictures: Any, prompts: int, times: int) -> Any:
@@ -337,18 +340,22 @@ def _sibling(folder: Path) -> Path | None:
 def _named_by_card(card: Path) -> str | None:
     if not card.is_file():
         return None
-    named = ModelCard.load(card, ignore_metadata_errors=True).data.get("prior")
-    if isinstance(named, list):
-        return named[0] if named else None
-    return named
+    named = read_front_matter(card).get("prior")
+    first = next(iter(named), None) if isinstance(named, list) else named
+    if first is not None and not isinstance(first, str):
+        raise ValueError(f"{card} has a {type(first).__name__} as `prior`; accepted is a name, or a list of names.")
+    return first or None
 
 
 def _named_by_card_on_hub(repo: str, hub_options: dict[str, Any]) -> str | None:
     options = {name: value for name, value in hub_options.items() if name != "proxies"}
     try:
-        return _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
+        named = _named_by_card(Path(hf_hub_download(repo, "README.md", **options)))
     except EntryNotFoundError:
         return None
+    if named is not None and not _HUB_ID.fullmatch(named):
+        raise ValueError(f"the card of {repo} names {named!r:.80} as `prior`; accepted is the id of a Hub repository.")
+    return named
 
 
 def _dtypes_of_prior(options: dict[str, Any]) -> dict[str, Any]:

@@ -204,10 +204,8 @@ class DecoderMixin(KandinskyLoraMixin):
 
     def _generate(self, arguments: Mapping[str, Any]) -> Pictures:
         """Pictures for the arguments of `__call__`; nothing runs before all of them are checked."""
-        call = self._check(arguments)
+        call, timesteps, noise_timestep = self._plan(arguments)
         device = self._execution_device
-        self.scheduler.set_timesteps(call["num_inference_steps"], device=device)
-        timesteps, noise_timestep = self._timesteps(call)
         call = call.with_beautified_prompts()
         conditions = self._encode(call, device)
         latents = self._start(call, conditions, noise_timestep, device)
@@ -216,6 +214,12 @@ class DecoderMixin(KandinskyLoraMixin):
         images = self._finish(call, latents)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if call["return_dict"] else (images,)
+
+    def _plan(self, arguments: Mapping[str, Any]) -> tuple[Call, torch.Tensor, torch.Tensor | None]:
+        """The call, checked, and what [`_timesteps`] says; no model runs."""
+        call = self._check(arguments)
+        self.scheduler.set_timesteps(call["num_inference_steps"], device=self._execution_device)
+        return call, *self._timesteps(call)
 
     def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> Call:
         """What all decoders check, and what follows from it.

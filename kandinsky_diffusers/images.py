@@ -6,7 +6,10 @@ where the picture is repainted, as users give them, unless a name says `keep_mas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,6 +68,15 @@ def pixels_from(
     return torch.cat([_pixels_of(image, height, width, name, by_unit_range, reducing_gap) for image in items])
 
 
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Pillow reads a file when its pixels are needed, and tells only then what is wrong with it."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise ValueError(f"`{name}` is a picture that cannot be read: {error}; accepted is a whole one.") from error
+
+
 def _from_bytes(values: torch.Tensor, by_unit_range: bool) -> torch.Tensor:
     return values / 255.0 * 2.0 - 1.0 if by_unit_range else values / 127.5 - 1.0
 
@@ -74,7 +86,8 @@ def _pixels_of(
 ) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
         bicubic = PIL.Image.Resampling.BICUBIC
-        resized = image.resize((width, height), bicubic, reducing_gap=reducing_gap).convert("RGB")
+        with _decoding(name):
+            resized = image.resize((width, height), bicubic, reducing_gap=reducing_gap).convert("RGB")
         values = torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2)
         return _from_bytes(values, by_unit_range)
     pixels = _as_batch(image, channels=3, name=name)
@@ -121,7 +134,8 @@ def shares_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
 def _share_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tensor:
     if isinstance(mask, PIL.Image.Image):
         height, width = size or (mask.height, mask.width)
-        mask = np.array(mask.resize((width, height), PIL.Image.Resampling.LANCZOS).convert("L"))
+        with _decoding(name):
+            mask = np.array(mask.resize((width, height), PIL.Image.Resampling.LANCZOS).convert("L"))
     values = _as_batch(mask, channels=1, name=name)
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0.0 and highest <= 255.0):  # written so that it catches NaN
@@ -220,8 +234,11 @@ def _resized_hint(values: torch.Tensor, height: int, width: int) -> torch.Tensor
 
 def _hint_values(hint: Image, name: str, channels: int) -> torch.Tensor:
     if isinstance(hint, PIL.Image.Image):
-        hint = np.array(hint if hint.mode.startswith(("I", "F")) else hint.convert("L" if channels == 1 else "RGB"))
-    last_is_one = isinstance(hint, np.ndarray) and hint.shape[-1] == 1
+        with _decoding(name):
+            hint = np.array(
+                hint if hint.mode.startswith(("I", "F")) else hint.convert("L" if channels == 1 else "RGB")
+            )
+    last_is_one = isinstance(hint, np.ndarray) and hint.shape[-1:] == (1,)
     single = hint.ndim < 3 or last_is_one or hint.shape[-3] == 1
     values = _as_batch(hint, channels=1 if single else channels, name=name).expand(-1, channels, -1, -1)
     if not _is_floating(hint):
@@ -262,7 +279,8 @@ def _scale_of(scale: Any, name: str) -> torch.Tensor:
     if isinstance(scale, (int, float)):
         return torch.full((1, 1, 1, 1), float(scale))
     if isinstance(scale, PIL.Image.Image):
-        scale = np.array(scale.convert("L"))
+        with _decoding(name):
+            scale = np.array(scale.convert("L"))
     if not isinstance(scale, (np.ndarray, torch.Tensor)):
         kind = type(scale).__name__
         raise TypeError(f"`{name}` is or has a {kind}; accepted are numbers, PIL pictures, arrays and tensors.")
@@ -300,7 +318,16 @@ def _is_floating(image: np.ndarray | torch.Tensor) -> bool:
 
 def _as_batch(image: np.ndarray | torch.Tensor, channels: int, name: str) -> torch.Tensor:
     shape = tuple(image.shape)
-    batch = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image))
+    if isinstance(image, torch.Tensor):
+        batch = image
+        is_plain = image.layout == torch.strided and image.device.type != "meta" and not image.is_quantized
+    else:
+        is_plain = image.dtype.kind in "biuf" and image.dtype.isnative
+        batch = torch.from_numpy(np.array(image)) if is_plain else torch.empty(0)
+    if not is_plain or batch.is_complex():
+        raise ValueError(
+            f"`{name}` holds {image.dtype} values; accepted are plain arrays and tensors of real numbers."
+        )
     if isinstance(image, np.ndarray) and batch.ndim >= 3 and batch.shape[-1] == channels:
         batch = (batch[None] if batch.ndim == 3 else batch).movedim(-1, -3)
     if channels == 1 and batch.ndim == 2:

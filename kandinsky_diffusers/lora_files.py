@@ -7,7 +7,6 @@ A format is a row of [`formats`], its rules are data. Names are peft's, `<layer>
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,8 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import snapshot_download
 
+from .conversion.errors import ConversionError
+from .conversion.json_files import parse_object, read_json
 from .conversion.reader import WeightFile, open_weights
 from .conversion.rules import RuleTable, rename
 
@@ -276,15 +277,16 @@ def _without_prefix(keys: Iterable[str]) -> list[str]:
 def _stored_configs(file: WeightFile) -> dict[str, dict[str, Any]]:
     """Configurations from the header of the file, else from beside it, by prefix."""
     beside = file.path.with_name(PEFT_CONFIG)
+    title = f"the LoRA configuration of {file.path}"
     try:
         if STORED_CONFIG in file.metadata:
-            entries = json.loads(file.metadata[STORED_CONFIG])
+            entries = parse_object(file.metadata[STORED_CONFIG], title)
         elif beside.is_file() and any(key.startswith(PEFT_PREFIX) for key in file.shapes):
-            return {"": json.loads(beside.read_text(encoding="utf-8"))}
+            return {"": read_json(beside)}
         else:
             return {}
-    except ValueError as error:
-        raise ValueError(f"the LoRA configuration of {file.path} is not valid JSON: {error}") from error
+    except ConversionError as error:
+        raise ValueError(f"{title} is not valid JSON: {error}") from error
     configs: dict[str, dict[str, Any]] = {}
     for key, value in entries.items():
         prefix, name = _split(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .conversion.hub_source import model_settings
 from .conversion.matching import Shapes
 from .conversion.recipe import Config, Inputs
 from .conversion.rules import Drop, RuleTable, rename
@@ -25,13 +26,10 @@ def is_mclip(shapes: Shapes) -> bool:
 def mclip_config(shapes: Shapes, inputs: Inputs, *, folder: str) -> dict[str, Any]:
     """Configuration of ``MultilingualCLIP``: sizes from the shapes, the rest from ``config.json`` in ``folder``."""
     words, width = shape_of(shapes, "transformer.embeddings.word_embeddings.weight")
-    published = inputs.json("release", f"{folder}/config.json")
-    for name in ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path"):
-        published.pop(name, None)
     return {
         **XLM_ROBERTA,
         "num_attention_heads": max(1, width // XLM_ROBERTA_HEAD_DIM),
-        **published,
+        **model_settings(inputs.json("release", f"{folder}/config.json")),
         "vocab_size": words,
         "hidden_size": width,
         "num_hidden_layers": count_modules(shapes, "transformer.encoder.layer"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
 import torch
@@ -189,6 +189,17 @@ def accepts(*options: type, stock: type | None = None) -> Callable[[Callable], C
         return call
 
     return decorate
+
+
+def complete_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a pipeline by their names, defaults included.
+
+    Raises:
+        TypeError: the pipeline does not take one of them, or needs another one.
+    """
+    call = inspect.signature(type(pipeline).__call__).bind(pipeline, **arguments)
+    call.apply_defaults()
+    return call.arguments
 
 
 def _extended(signature: inspect.Signature, options: Sequence[type], stock: type | None) -> inspect.Signature:

@@ -8,16 +8,19 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
+from .hub import open_repo, push_saved
 
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -94,14 +97,79 @@ class KandinskyPipelineMixin:
         self._exact_reference = enabled
         return self
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As diffusers does, and keeps the side folders with further schedulers of the repo it was loaded from."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """As diffusers does, and keeps the side folders with further schedulers of the repo it was loaded from.
+
+        With `push_to_hub=True` what is in the folder afterwards is pushed, as by [`push_to_hub`], to `repo_id`, or to
+        the name of the folder. The card is in the repository only.
+
+        Raises:
+            HubError: see [`push_to_hub`].
+        """
+        if push_to_hub:
+            repo_id = open_repo(repo_id or Path(save_directory).name, private=private, token=token)
         side_schedulers = _side_schedulers(self.config.get("_name_or_path"))
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(
+            save_directory, safe_serialization, variant, max_shard_size, use_flashpack=use_flashpack
+        )
         for name, config in side_schedulers.items():
             folder = Path(save_directory) / name
             folder.mkdir(exist_ok=True)
             (folder / SCHEDULER_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            options = {"token": token, "message": commit_message, "create_pr": create_pr}
+            push_saved(self, save_directory, str(repo_id), variant=variant, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        """Push the pipeline to the Hub, in one commit and with a card with which AutoPipelines load the repository.
+
+        The card is that of the repository the pipeline was loaded from, if there is one, see
+        [`kandinsky_diffusers.cards.pipeline_card`]. What a card that is on the Hub already says stays.
+
+        Args:
+            repo_id: `namespace/name`, or a name in the namespace of the token.
+            commit_message: the first line of the commit's message.
+            private: whether the repository becomes private, if it is not there; None is public, or the default of the
+                organization.
+            token: another than that of `hf auth login` or HF_TOKEN.
+            create_pr: whether to open a pull request instead of committing.
+            safe_serialization: whether weights are written as safetensors.
+            variant: part of the names of the weight files.
+            subfolder: folder of the repository to push to; it gets no card then.
+
+        Raises:
+            HubError: the Hub refuses, fails or is not reached, or the repository is public and `private` is True. The
+                repository has either all of it or nothing.
+        """
+        repo_id = open_repo(repo_id, private=private, token=token)
+        options = {"token": token, "message": commit_message, "create_pr": create_pr}
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            return push_saved(self, folder, repo_id, variant=variant, subfolder=subfolder, **options)
 
     def enable_group_offload(
         self,

@@ -12,12 +12,11 @@ from typing import Any
 
 import diffusers
 from diffusers.models.unets import unet_2d_condition
-from packaging.specifiers import SpecifierSet
 
 from . import attention, k3, k20, k21, k22, movq, prior, schedulers, superres
+from .compatibility import SUPPORTED_DIFFUSERS, UnsupportedDiffusersError, check_diffusers
 
 
-SUPPORTED_DIFFUSERS = SpecifierSet(">=0.42,<0.43")
 LIBRARY = "kandinsky_diffusers"
 
 TASKS = ("text2image", "image2image", "inpainting")
@@ -87,10 +86,6 @@ _ABSENT = object()
 _journal: list[tuple[MutableMapping[str, Any], str, Any]] = []
 
 
-class UnsupportedDiffusersError(ImportError):
-    """The installed diffusers is not one that this package knows from the inside."""
-
-
 def register() -> None:
     """Make diffusers use our classes; a second call changes nothing.
 
@@ -99,7 +94,7 @@ def register() -> None:
     """
     if _journal:
         return
-    _check_version()
+    check_diffusers()
     tables, loadable, importable = _private_parts()
     # so that `set_default_attn_processor` of a UNet knows the processors that our pipelines put into it
     processors = (*unet_2d_condition.ADDED_KV_ATTENTION_PROCESSORS, attention.DispatchedAttnAddedKVProcessor)
@@ -186,13 +181,6 @@ def _family_of(cls: type) -> dict[str, type]:
 def _put(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
     _journal.append((mapping, key, mapping.get(key, _ABSENT)))
     mapping[key] = value
-
-
-def _check_version() -> None:
-    if diffusers.__version__ not in SUPPORTED_DIFFUSERS:
-        raise UnsupportedDiffusersError(
-            f"{LIBRARY} supports diffusers {SUPPORTED_DIFFUSERS}, but {diffusers.__version__} is installed."
-        )
 
 
 def _private_parts() -> tuple[dict[str, tuple[Any, Any]], Any, Any]:

@@ -14,6 +14,7 @@ import random
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,23 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.support.community22 import write_community
 from tests.support.fake_hub import FakeHub
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.processes import PythonProcess
 from tests.support.release import build_release
+from tests.support.tiny_repos import write_tiny_repos
 
 
 Built = Callable[[str, Callable[[Path], Any]], Path]
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+UPSTREAM = ("torch", "diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "peft")
+
+
+def pytest_report_header() -> str:
+    """The versions that a run speaks of; `make drift` varies them."""
+    return ", ".join(f"{name} {version(name)}" for name in UPSTREAM)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,7 +77,7 @@ def stock(on_hub: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pyt
 @pytest.fixture(scope="session")
 def on_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, PythonProcess]]:
     """A Hub without repositories, and a process that fetches from it; use `hub` and `from_hub`."""
-    with FakeHub({}) as hub:
+    with FakeHub({}, tmp_path_factory.mktemp("pushed")) as hub:
         process = PythonProcess(hub.environment(tmp_path_factory.mktemp("cache")))
         yield hub, process
         process.close()
@@ -78,8 +87,9 @@ def on_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, 
 def hub(on_hub: tuple[FakeHub, PythonProcess]) -> FakeHub:
     """A Hub to which a test adds repositories."""
     hub = on_hub[0]
-    hub.repos.clear()
+    hub.forget()
     hub.requests.clear()
+    hub.fault = None
     return hub
 
 
@@ -180,6 +190,18 @@ def release_20(goldens_20: GoldenFamily, built: Built) -> Path:
 def converted_20(goldens_20: GoldenFamily, release_20: Path, built: Built) -> Path:
     """The folder with the converted repositories of `release_20`. Read only."""
     return converted(built, release_20, version="2.0", original_config=goldens_20.path / "hyperparameters.json")
+
+
+@pytest.fixture(scope="session")
+def community_22(built: Built) -> Path:
+    """Tiny Kandinsky 2.2 repositories as the community's, see `write_community`. Read only."""
+    return built("community-2.2", write_community)
+
+
+@pytest.fixture(scope="session")
+def converted_22(community_22: Path, built: Built) -> Path:
+    """The folder with the converted repositories of `community_22`. Read only."""
+    return converted(built, community_22, version="2.2")
 
 
 @pytest.fixture(scope="session")
@@ -287,6 +309,12 @@ def converted_superres(
     """The folder with the converted repositories of `release_superres`, refined by `release_31`. Read only."""
     config = {**goldens_31.hyperparameters, **goldens_superres.hyperparameters}
     return converted(built, release_superres, version="superres", refiner=release_31, original_config=config)
+
+
+@pytest.fixture(scope="session")
+def tiny_repos(built: Built) -> Path:
+    """The repositories of Kandinsky 3.1 and all that belongs to it, see `write_tiny_repos`. Read only."""
+    return built("tiny-repos", write_tiny_repos)
 
 
 def converted(built: Built, release: Path, *, version: str, **options: Any) -> Path:

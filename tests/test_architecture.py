@@ -6,14 +6,14 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from diffusers import pipelines
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.support.dependencies import requirements
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def test_no_folder_is_called_like_a_part_of_diffusers_pipelines() -> None:
 def test_checkpoints_are_read_in_one_place() -> None:
     readers = {name_of(path) for path in MODULES for function, _ in calls(path) if function == "torch.load"}
 
-    assert readers <= {"kandinsky_diffusers/conversion/reader.py"}
+    assert readers <= {"kandinsky_diffusers/conversion/torch_file.py"}
 
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=name_of)
@@ -129,10 +129,7 @@ def test_conversion_scripts_stay_thin(path: Path) -> None:
 
 def test_every_imported_library_is_a_declared_dependency() -> None:
     """What another library happens to bring along is missing one day, or on another machine."""
-    settings = ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    needed = settings["options"]["install_requires"].splitlines()
-    declared = {canonicalize_name(Requirement(line).name) for line in needed if line and not line.startswith("#")}
+    declared = {canonicalize_name(needed.name) for needed in requirements()}
     libraries = {name.split(".")[0] for path in MODULES for name in imported(path)}
     libraries -= sys.stdlib_module_names | {"kandinsky_diffusers"}
     installed = packages_distributions()

@@ -7,19 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Built
-from tests.support.tiny_repos import write_tiny_repos
-
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
-@pytest.fixture(scope="session")
-def repos(built: Built) -> Path:
-    return built("tiny-repos", write_tiny_repos)
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_leaves_pictures(path: Path, repos: Path, tmp_path: Path) -> None:
-    runpy.run_path(str(path))["main"](repos=repos, output=tmp_path / "pictures", size=64, steps=2)
+def test_an_example_leaves_pictures(path: Path, tiny_repos: Path, tmp_path: Path) -> None:
+    runpy.run_path(str(path))["main"](repos=tiny_repos, output=tmp_path / "pictures", size=64, steps=2)
     assert list((tmp_path / "pictures").glob("*.png"))

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Errors of the user's making become one message and the exit code 1."""
+def plain_errors(*more: type[Exception]) -> Iterator[None]:
+    """Errors of the user's making become one message and the exit code 1, and so do `more` kinds of errors."""
     from ..conversion import ConversionError
+    from ..hub_errors import HubError
 
     try:
         yield
-    except (ConversionError, FileNotFoundError, FileExistsError) as error:
+    except (ConversionError, HubError, FileNotFoundError, FileExistsError, *more) as error:
         typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
 
@@ -36,6 +37,17 @@ def bars_on_stderr() -> Iterator[RichProgress]:
         yield bars
 
 
+@contextmanager
+def pictures_on_stderr() -> Iterator[RichProgress]:
+    """Progress bars for pictures; give them to [`Bar`]."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield bars
+
+
 class Bar:
     """A bar of rich behind the part of tqdm's interface that the library uses."""
 
@@ -44,7 +56,7 @@ class Bar:
         self._task = bars.add_task(desc, total=total)
 
     def update(self, n: int) -> None:
-        """Advance by `n` bytes."""
+        """Advance by `n` bytes, or pictures."""
         self._bars.advance(self._task, n)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from ..cards import by_reason
 from .console import Bar, bars_on_stderr, plain_errors
+from .push import show_pushed
 
 
 if TYPE_CHECKING:
@@ -59,9 +60,12 @@ def convert(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would become of every key.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read back, compare bit for bit, run once.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAMESPACE", help="Push to this user or organization afterwards, as `push`.")
+    ] = None,
 ) -> None:
     """Turn an original release into repositories that load with from_pretrained."""
-    from .. import conversion
+    from .. import conversion, hub
 
     with plain_errors():
         if plan:
@@ -79,6 +83,8 @@ def convert(
             return
         if output is None:
             raise conversion.ConversionError("The argument OUTPUT is missing; only --plan does without.")
+        if push_to_hub is not None:
+            hub.check_access(push_to_hub)
         with bars_on_stderr() as bars:
             report = conversion.convert(
                 source,
@@ -106,6 +112,9 @@ def convert(
             typer.echo(f"dropped:  {keys} of {file} ({reason})")
     for path in report.repos:
         typer.echo(f"{'verified' if verify else 'written'}:  {path}")
+    if push_to_hub is not None:
+        with plain_errors():
+            show_pushed(hub.push(report.repos, push_to_hub))
 
 
 def inspect(

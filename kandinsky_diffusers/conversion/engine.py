@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ConversionError
 from .planning import plan_models
-from .reader import check_zip, file_sha256
+from .reader import file_sha256
 from .recipe import FilesComponent, Inputs, ModelComponent, Release, Repo
 from .record import Record, SourceRecord, write_card
 from .repository import Output, Progress, RepoWriter
@@ -25,6 +25,7 @@ from .sources import (
     read_config,
 )
 from .staging import Staging, check_free, check_space
+from .torch_file import check_zip
 from .writer import parse_size
 
 

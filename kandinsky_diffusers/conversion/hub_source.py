@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import ConversionError
+from .json_files import read_json
 from .matching import Shapes
 from .recipe import FilesComponent, Inputs
 
@@ -19,6 +19,17 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 _STEMS = {"diffusers": ("diffusion_pytorch_model",) * 2, "transformers": ("model", "pytorch_model")}
 _VARIANTS = ("", ".fp16", ".bf16")  # the weights in full precision, if they are there
 _BOOKKEEPING = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
+# with these a configuration could make transformers fetch code for attention, or a table of any size
+_NOT_OF_A_MODEL = (
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "per_layer_config",
+    "quantization_config",
+)
 
 
 def find_pipelines(folder: Path) -> dict[Path, str]:
@@ -29,19 +40,6 @@ def find_pipelines(folder: Path) -> dict[Path, str]:
     """
     places = [folder] if (folder / INDEX).is_file() else sorted(path.parent for path in folder.glob(f"*/{INDEX}"))
     return {place: str(read_json(place / INDEX).get("_class_name")) for place in places}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    ConversionError: there is no such file, or it is not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}; an object is expected.")
-    return content
 
 
 def weight_paths(folder: str, library: str) -> tuple[str, ...]:
@@ -63,8 +61,13 @@ def published_config(shapes: Shapes, inputs: Inputs, *, root: str, folder: str) 
     """
     if root not in inputs.folders:
         return None
-    content = read_json(inputs.folders[root] / folder / "config.json")
-    return {key: value for key, value in content.items() if key not in _BOOKKEEPING and not key.startswith("_")}
+    return model_settings(read_json(inputs.folders[root] / folder / "config.json"))
+
+
+def model_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a published ``config.json``, or of a part of one, are arguments of the model."""
+    left_out = (*_BOOKKEEPING, *_NOT_OF_A_MODEL)
+    return {key: value for key, value in content.items() if key not in left_out and not key.startswith("_")}
 
 
 def copied_scheduler(class_name: str, *, root: str) -> FilesComponent:

@@ -172,7 +172,7 @@ class _Matcher:
         try:
             for transform in rule.transforms:
                 tensors = transform(tensors)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             self._problem(f"of a shape that does not fit: {error}", *sources)
             return
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,10 @@ from .errors import ConversionError
 from .matching import Plan, Shapes, match
 from .recipe import Inputs, ModelComponent, Release, WeightsComponent
 from .rules import RuleTable
+
+
+_MOST_PARAMETERS = 10_000  # the largest published model has a tenth of it
+_SHOWN = 500  # characters of a configuration, in messages
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ def plan_model(component: ModelComponent, inputs: Inputs, drop: Sequence[str] = 
     config = _configure(component, inputs, title) if main in present else None
     model, expected = None, None
     if config is not None and isinstance(component, WeightsComponent):
-        expected = component.shapes(config)
+        with _sizes_of_a_model(title, config):
+            expected = component.shapes(config)
     elif config is not None:
         model = build_on_meta(component, config, title)
         expected = expected_shapes(model)
@@ -97,14 +104,55 @@ def build_on_meta(component: ModelComponent, config: dict[str, Any], title: str)
     Raises:
         ConversionError: the class refuses the configuration.
     """
-    import torch
-
     cls = component.load_class()
+    with _sizes_of_a_model(title, config):
+        if not getattr(cls, "config_class", None):
+            return cls.from_config(config)
+        model = cls(cls.config_class(**config))
+        model.config.to_diff_dict()  # what will be written: a setting can have the name of a method
+        return model
+
+
+@contextmanager
+def _sizes_of_a_model(title: str, config: dict[str, Any]) -> Iterator[None]:
+    """Models are made on the meta device here, and what their classes say to the configuration is made one error."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        with torch.device("meta"):
-            return cls(cls.config_class(**config)) if getattr(cls, "config_class", None) else cls.from_config(config)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ConversionError(f"{title}: the sizes {config} do not make a model: {error}") from error
+        with torch.device("meta"), _at_most(_MOST_PARAMETERS):
+            yield
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        ImportError,
+        AssertionError,
+        StrictDataclassError,
+    ) as error:
+        sizes = f"{config}"[:_SHOWN]
+        raise ConversionError(f"{title}: the sizes {sizes} do not make a model: {f'{error}'[:_SHOWN]}") from error
+
+
+@contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """Stop a model that a configuration with ``"num_layers": 1000000000`` would make, before it fills the memory."""
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    made = itertools.count(1)
+
+    def count(*registered: Any) -> None:
+        if next(made) > parameters:
+            raise ValueError(f"it would have more than {parameters} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def expected_shapes(model: Any) -> Shapes:
@@ -130,7 +178,7 @@ def _configure(component: ModelComponent, inputs: Inputs, title: str) -> dict[st
         return component.configure(inputs.files[component.parts[0].file].shapes, inputs)
     except ConversionError as error:
         raise ConversionError(f"{title}: {error}") from error
-    except (IndexError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"{title}: the shapes do not tell the sizes of the model: {error}") from error
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
-import pickle
 import re
-import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConversionError
+from .errors import ConversionError, damaged
+from .json_files import parse_object, read_json
 from .matching import Shape
+from .torch_file import load_torch
 
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 
 Names = Sequence[str]
 
-_ZIP = b"PK\x03\x04"
 _HASH_CHUNK = 1 << 20
-_LIGHTNING = ("pytorch_lightning.", "lightning.", "lightning_fabric.")
+# more than any published file has
+_MOST_TENSORS = 20_000
+_LONGEST_KEY = 500
+_LARGEST = 2**50  # numbers in a tensor
+_LARGEST_HEADER = 32 * 2**20  # bytes, of a safetensors file
+_LARGEST_INVENTORY = 64 * 2**20  # bytes
 
 
 class WeightFile:
@@ -55,12 +60,15 @@ class WeightFile:
     @property
     def shapes(self) -> dict[str, Shape]:
         """Key to shape; what is not a tensor counts as a scalar."""
-        return {key: tuple(getattr(value, "shape", ())) for key, value in self._tensors.items()}
+        return {key: tuple(tensor.shape) if _is_tensor(tensor) else () for key, tensor in self._tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
         """Key to the dtype's name, such as ``float16``."""
-        return {key: str(getattr(value, "dtype", "object")).rpartition(".")[2] for key, value in self._tensors.items()}
+        return {
+            key: str(tensor.dtype).rpartition(".")[2] if _is_tensor(tensor) else "object"
+            for key, tensor in self._tensors.items()
+        }
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -68,8 +76,21 @@ class WeightFile:
         return {}
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The tensor called ``key``, as a view of the mapped file where the format allows it."""
-        return self._tensors[key]
+        """The tensor called ``key``, as a view of the mapped file where the format allows it.
+
+        Raises:
+            ConversionError: it is something else, such as a number.
+        """
+        tensor = self._tensors[key]
+        if not _is_tensor(tensor):
+            raise ConversionError(f"{key} of {self.path} is a {type(tensor).__name__}; a tensor is expected.")
+        return tensor
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
 
 
 class RenamedFile(WeightFile):
@@ -113,12 +134,13 @@ class SafetensorsFile(WeightFile):
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
+        _check_header(path)
         try:
             self._file = safe_open(path, "pt")
-        except (SafetensorError, ValueError) as error:
-            raise _damaged(path, error) from error
+            self._slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise damaged(path, error) from error
         super().__init__(path, {})
-        self._slices = {key: self._file.get_slice(key) for key in self._file.keys()}  # noqa: SIM118 (not a mapping)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -180,15 +202,21 @@ class ShardedFile(WeightFile):
         return self._homes[key].tensor(key)
 
 
+def _check_header(path: Path) -> None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _LARGEST_HEADER:
+        raise ConversionError(f"{path} is damaged or no weight file: its header would have {length} bytes.")
+
+
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        shards = {name: path.parent / name for name in listed.values() if Path(name).name == name}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f'{path} is not an index, a JSON object with a "weight_map": {error!r}') from error
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ConversionError(f'{path} is not an index, a JSON object with a "weight_map".')
     for name in listed.values():
-        if name not in shards or not shards[name].is_file():
-            raise ConversionError(f"{path} lists {name!r}, which is not a file beside it.")
+        beside = isinstance(name, str) and Path(name).name == name and name.endswith((".safetensors", ".bin"))
+        if not beside or not (path.parent / name).is_file():
+            raise ConversionError(f"{path} lists {name!r:.80}, which is not a file beside it.")
     return listed
 
 
@@ -199,12 +227,11 @@ class InventoryFile(WeightFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, {})
-        try:
-            text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            content = json.loads(text)
-            self._shapes = {_plain_name(key): tuple(shape) for key, shape in content["tensors"].items()}
-        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConversionError(f'{path} is not an inventory, a JSON object with "tensors": {error!r}') from error
+        content = parse_object(_unpacked(path), str(path)) if path.suffix == ".gz" else read_json(path)
+        tensors = content.get("tensors")
+        if not isinstance(tensors, dict) or not all(isinstance(shape, list) for shape in tensors.values()):
+            raise ConversionError(f'{path} is not an inventory, a JSON object with "tensors".')
+        self._shapes = {_plain_name(key): tuple(shape) for key, shape in tensors.items()}
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -225,6 +252,17 @@ class InventoryFile(WeightFile):
         raise ConversionError(f"{self.path} is an inventory without weights; it can be planned, but not converted.")
 
 
+def _unpacked(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            content = file.read(_LARGEST_INVENTORY + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise damaged(path, error) from error
+    if len(content) > _LARGEST_INVENTORY:
+        raise ConversionError(f"{path} unpacks to more than {_LARGEST_INVENTORY} bytes, which no inventory has.")
+    return content
+
+
 def open_weights(path: Path, names: Names = ()) -> WeightFile:
     """Open a weight file (PyTorch or safetensors), the index of a sharded one, or an inventory (``.json[.gz]``).
 
@@ -235,15 +273,43 @@ def open_weights(path: Path, names: Names = ()) -> WeightFile:
     Raises:
         ConversionError: the file is truncated, damaged, no weight file, or holds pickled objects that are not data.
     """
+    try:
+        file = _open(path, names)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    _check_keys_and_shapes(path, file.shapes)
+    return file
+
+
+def _open(path: Path, names: Names) -> WeightFile:
     if is_index(path):
         return ShardedFile(path)
     if is_inventory(path):
         return InventoryFile(path)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    content = _with_names(_load_torch(path), names)
+    content = _with_names(load_torch(path), names)
     named = isinstance(content, Mapping)
-    return WeightFile(path, _flat(content) if named else _numbered(content), named)
+    return WeightFile(path, _flat(path, content) if named else _numbered(content), named)
+
+
+def _check_keys_and_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """Rules and models are made for some thousand tensors with short names, and sizes that can be multiplied.
+
+    Raises:
+        ConversionError: there is another.
+    """
+    if len(shapes) > _MOST_TENSORS:
+        raise ConversionError(f"{path} has {len(shapes)} tensors; accepted are up to {_MOST_TENSORS}.")
+    for key, shape in shapes.items():
+        if len(key) > _LONGEST_KEY:
+            raise ConversionError(f"{path} has a key of {len(key)} characters; accepted are up to {_LONGEST_KEY}.")
+        if any(type(length) is not int or length < 0 for length in shape) or prod(map(_at_least_1, shape)) > _LARGEST:
+            raise ConversionError(f"{path} gives {key} the shape {str(list(shape))[:80]}, which no tensor has.")
+
+
+def _at_least_1(length: int) -> int:
+    return max(length, 1)
 
 
 def is_inventory(path: Path) -> bool:
@@ -274,66 +340,6 @@ def file_sha256(path: Path, advance: Callable[[int], None] = lambda size: None) 
     return digest.hexdigest()
 
 
-def check_zip(path: Path) -> None:
-    """Compare the contents of a zip file, which current PyTorch files are, with the checksums stored in it.
-
-    Mapping a file into memory does not check them.
-
-    Raises:
-        ConversionError: a checksum differs.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        try:
-            broken = archive.testzip()
-        except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise _damaged(path, error) from error
-    if broken is not None:
-        raise ConversionError(f"{path} is damaged: {broken} in it does not have the checksum stored with it.")
-
-
-def _load_torch(path: Path) -> Any:
-    import torch
-
-    with path.open("rb") as file:
-        zipped = file.read(len(_ZIP)) == _ZIP
-    try:
-        with torch.serialization.safe_globals(_placeholders(path) if zipped else []):
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _not_only_data(path, error) from error
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _placeholders(path: Path) -> list[Any]:
-    """Empty classes in place of those of Lightning, which keys the ``callbacks`` of its checkpoints by class."""
-    import torch
-
-    found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if not all(name.startswith(_LIGHTNING) for name in found):
-        return []
-    return [(type(name.rpartition(".")[2], (), {}), name) for name in found]
-
-
-def _not_only_data(path: Path, error: pickle.UnpicklingError) -> ConversionError:
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if named is None:
-        return _damaged(path, error)
-    return ConversionError(
-        f"{path} holds the pickled object {named[1]}, which is not data. Reading it could run foreign code, so "
-        "it was not read. Get the file from its publisher again."
-    )
-
-
-def _damaged(path: Path, error: Exception) -> ConversionError:
-    reason = str(error).strip().partition("\n")[0]
-    return ConversionError(
-        f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not a weight file: {reason}"
-    )
-
-
 def _with_names(content: Any, names: Names) -> Any:
     import torch
 
@@ -346,11 +352,15 @@ def _with_names(content: Any, names: Names) -> Any:
     return content
 
 
-def _flat(content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(path: Path, content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Dicts in dicts become one: Lightning's weights get keys such as ``state_dict/conv.weight``."""
     flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    # not content.items(): an OrderedDict from a file can have an attribute of that name
+    for key, value in dict.items(content):  # pyright: ignore[reportArgumentType] (a pickle has no other mappings)
+        if not isinstance(key, (str, int, type)) or len(prefix) > _LONGEST_KEY:
+            raise ConversionError(f"{path} has a key that is a {type(key).__name__}, or too long; names are accepted.")
+        name = f"{prefix}{key}"
+        flat |= _flat(path, value, f"{name}/") if isinstance(value, Mapping) and len(value) else {name: value}
     return flat
 
 

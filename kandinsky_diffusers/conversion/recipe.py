@@ -5,7 +5,6 @@ A family fills these records in; the engine reads them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .json_files import read_json
 from .matching import Shapes
 from .reader import RenamedFile, WeightFile
 from .rules import RuleTable
@@ -80,15 +80,10 @@ class Inputs:
         """The JSON file ``path`` below ``root``, or an empty dict where there is none.
 
         Raises:
-            ConversionError: it is not JSON.
+            ConversionError: it is not a JSON object.
         """
         file = self.folders[root] / path if root in self.folders else None
-        if file is None or not file.is_file():
-            return {}
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConversionError(f"{file} is not valid JSON: {error}") from error
+        return read_json(file) if file is not None and file.is_file() else {}
 
     def label(self, name: str) -> str:
         """How messages call the file ``name``: its path in the release, or its file name."""
@@ -98,17 +93,34 @@ class Inputs:
         return path.relative_to(release).as_posix()
 
     def argument(self, file: str, name: str, default: Any) -> Any:
-        """What the original configuration gives the constructor for a published file, or ``default``."""
-        return self.original_config.get(file, {}).get(name, default)
+        """What the original configuration gives the constructor for a published file, or ``default``.
+
+        Raises:
+            ConversionError: it is of another kind than ``default``.
+        """
+        arguments = self.original_config.get(file)
+        given = arguments.get(name, default) if isinstance(arguments, Mapping) else default
+        return _like(default, given, name)
 
     def setting(self, path: str, default: Any) -> Any:
-        """An entry of the original configuration, by a dotted path, or ``default``."""
+        """An entry of the original configuration, by a dotted path, or ``default``.
+
+        Raises:
+            ConversionError: it is of another kind than ``default``.
+        """
         node: Any = self.original_config
         for name in path.split("."):
             if not isinstance(node, Mapping) or name not in node:
                 return default
             node = node[name]
-        return node
+        return _like(default, node, path)
+
+
+def _like(default: Any, given: Any, name: str) -> Any:
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if isinstance(given, bool) or not isinstance(given, kinds):
+        raise ConversionError(f"original_config: {name} is {given!r:.80}; a number such as {default} is expected.")
+    return given
 
 
 @dataclass(frozen=True, eq=False)

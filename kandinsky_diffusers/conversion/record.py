@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..cards import package_version, render_card
+from ..cards import render_card, versions
 from .planning import ModelPlan
 from .recipe import Inputs, ModelComponent, Release, Repo
 from .repository import Output
@@ -68,14 +68,11 @@ class Record:
 
     def of_repo(self, repo: Repo, check: dict[str, Any] | None) -> dict[str, Any]:
         """What ``conversion.json`` of one repository says."""
-        import diffusers
-
         models = {model.label: self.models[model] for model in repo.models}
         used = dict.fromkeys(name for model in models.values() for name in model["sources"])
         return {
             "converter": "kandinsky_diffusers",
-            "converter_version": package_version(),
-            "diffusers_version": diffusers.__version__,
+            "versions": versions(),
             "version": self.release.version,
             "repository": repo.name,
             "options": self.options | {"stub": self.options["stub"] and repo.pipeline is not None},
@@ -102,7 +99,7 @@ def write_card(place: Path, repo: Repo, record: Record, check: dict[str, Any] | 
     """Write ``conversion.json`` and ``README.md``."""
     facts = record.of_repo(repo, check)
     write_json(place / "conversion.json", facts)
-    (place / "README.md").write_text(render_card(repo.name, facts), encoding="utf-8")
+    render_card(repo.name, facts).save(place / "README.md")
 
 
 def _dropped(plans: Mapping[ModelComponent, ModelPlan], inputs: Inputs) -> list[tuple[str, str, str]]:

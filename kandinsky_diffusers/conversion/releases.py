@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .hub_source import find_pipelines, read_json
+from .hub_source import find_pipelines
+from .json_files import read_json
 from .recipe import Release
 
 

@@ -18,7 +18,7 @@ from .planning import ModelPlan
 from .recipe import ConfigComponent, FilesComponent, Inputs, ModelComponent, Repo, WeightsComponent
 from .stub import write_stubs
 from .tensors import Tensors
-from .writer import Entry, ShardedWriter, write_json
+from .writer import WRITTEN_DTYPES, Entry, ShardedWriter, write_json
 
 
 VARIANT_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
@@ -141,8 +141,18 @@ class RepoWriter:
         return sum(entry.size for model in models for entry in self.entries(self.plans[model]))
 
     def entries(self, plan: ModelPlan) -> list[Entry]:
-        """The tensors of a model, in the order in which they are made."""
+        """The tensors of a model, in the order in which they are made.
+
+        Raises:
+            ConversionError: one is made from something that cannot be written, such as complex numbers or a text.
+        """
         dtypes = {key: dtype for name in plan.files for key, dtype in self.inputs.files[name].dtypes.items()}
+        for step in plan.plan.steps:
+            for key in step.sources:
+                if dtypes[key] not in WRITTEN_DTYPES:
+                    raise ConversionError(
+                        f"{key} is of the kind {dtypes[key]}; accepted are {', '.join(WRITTEN_DTYPES)}."
+                    )
         return [
             Entry(key, self.output.cast(dtypes[step.sources[0]] if step.sources else "float32", plan.component), shape)
             for step in plan.plan.steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .json_files import read_json
 from .layout import arrange
 from .reader import WeightFile, is_inventory, open_weights
 from .recipe import Inputs, Release, Repo, SourceFile
@@ -74,12 +74,9 @@ def read_config(path: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any
     if path is None or isinstance(path, Mapping):
         return path or {}
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"original_config: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"original_config: {path} holds a {type(content).__name__}; an object is expected.")
-    return content
+        return read_json(Path(path))
+    except ConversionError as error:
+        raise ConversionError(f"original_config: {error}") from error
 
 
 def choose_release(folder: Path, version: str, layout: str = "split") -> Release:

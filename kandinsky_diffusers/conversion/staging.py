@@ -27,6 +27,7 @@ class Staging:
 
     def __init__(self, output: Path) -> None:
         self._output = output
+        self._made = [folder for folder in (output, *output.parents) if not folder.exists()]
 
     def __enter__(self) -> Staging:
         self._output.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,10 @@ class Staging:
     ) -> None:
         self._lock.release()
         shutil.rmtree(self._root)
+        if error is not None:
+            for folder in self._made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
     def commit(self) -> None:
         """Move every folder to the output by renaming; folders in their place are kept until all have been moved."""
@@ -52,7 +57,7 @@ class Staging:
         try:
             for new in sorted(self.folder.iterdir()):
                 place = self._output / new.name
-                if place.exists():
+                if os.path.lexists(place):  # a link goes aside itself, not what it leads to
                     place.rename(old / new.name)
                 new.rename(place)
                 moved.append(place)
@@ -67,6 +72,8 @@ class Staging:
 def remove_stale(output: Path) -> None:
     """Remove the temporary folders of conversions that do not run any more."""
     for root in sorted(output.glob(f"{PREFIX}*")):
+        if any(path.is_symlink() for path in (root, root / _LOCK, root / _OLD)):
+            continue  # not ours: it leads out of the folder
         lock = FileLock(root / _LOCK)
         try:
             lock.acquire(timeout=0)
@@ -87,7 +94,7 @@ def check_free(output: Path, names: Iterable[str], overwrite: bool, sources: Ite
         raise ConversionError(f"The output {output} is a file; a folder is expected.")
     taken = [output / name for name in names if os.path.lexists(output / name)]
     for place in taken:
-        if any(source.resolve().is_relative_to(place.resolve()) for source in sources):
+        if any(Path(os.path.realpath(source)).is_relative_to(os.path.realpath(place)) for source in sources):
             raise ConversionError(f"{place} holds the source and cannot be replaced. Choose another output folder.")
     if taken and not overwrite:
         places = ", ".join(str(place) for place in taken)
@@ -108,7 +115,7 @@ def check_space(output: Path, needed: int) -> None:
 
 def _bring_back(old: Path, output: Path) -> None:
     for folder in old.iterdir() if old.is_dir() else ():
-        if not (output / folder.name).exists():
+        if not os.path.lexists(output / folder.name):
             folder.rename(output / folder.name)
 
 

@@ -33,6 +33,7 @@ _CODES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+WRITTEN_DTYPES = tuple(_CODES)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..conversion.errors import ConversionError
+from ..conversion.hub_source import model_settings
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config, Inputs
 from ..conversion.rules import Drop, RuleTable, rename, split
@@ -147,9 +148,9 @@ def clip_vision_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
 
 def _clip_part(inputs: Inputs, name: str) -> dict[str, Any]:
     part = inputs.json("clip", "config.json").get(name)
-    if part is None:
+    if not isinstance(part, dict):
         raise ConversionError(f"The CLIP folder has no config.json with a {name}; a CLIPModel folder is expected.")
-    return {key: value for key, value in part.items() if key not in ("model_type", "torch_dtype", "dtype")}
+    return model_settings(part)
 
 
 def clip_text_rules(config: Config) -> RuleTable:

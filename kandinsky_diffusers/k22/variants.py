@@ -15,7 +15,8 @@ from ..clip_weights import half_rules
 from ..conversion import smoke
 from ..conversion.errors import ConversionError
 from ..conversion.files import copy_clip_image_processor, copy_tokenizer, image_processor_check, tokenizer_check
-from ..conversion.hub_source import copied_scheduler, find_pipelines, published_config, read_json, weight_paths
+from ..conversion.hub_source import copied_scheduler, find_pipelines, published_config, weight_paths
+from ..conversion.json_files import read_json
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config, FilesComponent, Joined, ModelComponent, Part, Release, Repo, SourceFile
 from ..conversion.rules import RuleTable

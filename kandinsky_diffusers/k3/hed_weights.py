@@ -5,14 +5,14 @@ Published by lllyasviel (ControlNet, Annotators); original code: lllyasviel/Cont
 
 from __future__ import annotations
 
-from itertools import count, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ..conversion.matching import Shapes
 from ..conversion.recipe import Config, Inputs, ModelComponent, Part, Repo, SourceFile
 from ..conversion.rules import RuleTable, rename
-from ..conversion.shapes import count_modules, shape_of
+from ..conversion.shapes import MOST_MODULES, count_modules, shape_of
 
 
 def is_hed(shapes: Shapes) -> bool:
@@ -22,7 +22,8 @@ def is_hed(shapes: Shapes) -> bool:
 
 def hed_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
     """Configuration of the ``KandinskyHEDDetector`` (original: ``ControlNetHED_Apache2``)."""
-    blocks = list(takewhile(lambda block: count_modules(shapes, f"{block}.convs"), (f"block{n}" for n in count(1))))
+    numbered = (f"block{n}" for n in range(1, MOST_MODULES + 1))
+    blocks = list(takewhile(lambda block: count_modules(shapes, f"{block}.convs"), numbered))
     return {
         "block_out_channels": [shape_of(shapes, f"{block}.projection.weight")[1] for block in blocks],
         "layers_per_block": [count_modules(shapes, f"{block}.convs") for block in blocks],

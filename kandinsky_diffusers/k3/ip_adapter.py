@@ -18,9 +18,9 @@ import torch
 from diffusers.loaders import IPAdapterMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from ..conversion.reader import open_weights
 from ..decoding import Call, Conditions
 from ..images import Images
 from ..inputs import as_rows
@@ -356,12 +356,19 @@ def _read(adapter: _Adapter, **hub_options: Any) -> dict[str, torch.Tensor]:
     if not adapter.weight_name.endswith(".safetensors"):
         raise ValueError(f"`weight_name` is {adapter.weight_name!r}; accepted is the name of a safetensors file.")
     if Path(adapter.source).is_dir():
-        return load_file(Path(adapter.source, adapter.subfolder or "", adapter.weight_name))
+        return _tensors_of(Path(adapter.source, adapter.subfolder or "", adapter.weight_name))
     try:
         path = hf_hub_download(str(adapter.source), adapter.weight_name, subfolder=adapter.subfolder, **hub_options)
     except HFValidationError as error:
         raise OSError(f"{str(adapter.source)!r} is no folder, and cannot be the id of a Hub repository.") from error
-    return load_file(path)
+    return _tensors_of(Path(path))
+
+
+def _tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    file = open_weights(path)
+    return {key: file.tensor(key) for key in file.shapes}
 
 
 def _flattened(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ def ip_adapter_config(shapes: Shapes, inputs: Inputs) -> dict[str, Any]:
 
     The first level has no cross-attention, so its width does not count; that of the second stands for it.
     """
+    count_modules(shapes, "down_samples")  # raises where there are too many
     widths = {int(found[1]): shape for key, shape in shapes.items() if (found := _LEVEL.fullmatch(key))}
     if sorted(widths) != list(range(1, len(widths) + 1)):
         raise ConversionError(f"There are adapters for the levels {sorted(widths)}; levels from 1 on are expected.")

@@ -23,7 +23,7 @@ PROCESSOR_LAYERS = {"to_query": "to_q", "to_key": "to_k", "to_v": "to_v", "to_ou
 SIDES = {"down": "lora_A", "up": "lora_B"}
 
 _ATTENTION = re.compile(r"(.+)\.attention\.processor\.")
-_BLOCK = re.compile(r"(?:down|up)_samples\.(\d+)\.(?:resnet_attn_blocks\.(\d+))?")
+_BLOCK = re.compile(r"(?:down|up)_samples\.(\d\d?)\.(?:resnet_attn_blocks\.(\d\d?)\.)?")  # up to 99, as in no model
 
 
 def is_lora(shapes: Shapes) -> bool:

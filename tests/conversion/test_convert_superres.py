@@ -67,7 +67,7 @@ def test_everything_is_verified(release_superres: Path, release_31: Path, config
         "context",
     }
     card = (tmp_path / "kandisuperres-flash-x2" / "README.md").read_text(encoding="utf-8")
-    assert "from the original release of\nKandiSuperRes" in card
+    assert "from the original release of KandiSuperRes" in card
     assert "| `refiner` |" in card
 
 

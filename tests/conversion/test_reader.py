@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from kandinsky_diffusers.conversion.errors import ConversionError
-from kandinsky_diffusers.conversion.reader import check_zip, open_weights
+from kandinsky_diffusers.conversion.reader import open_weights
+from kandinsky_diffusers.conversion.torch_file import check_zip
 
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3).half(), "b": torch.arange(4)}

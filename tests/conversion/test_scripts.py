@@ -1,4 +1,4 @@
-"""Scripts stay thin and do what the command line does; every repository has its card."""
+"""Scripts stay thin and do what the command line does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
-
-from kandinsky_diffusers.cards import render_card
-from kandinsky_diffusers.conversion.releases import releases
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,23 +43,3 @@ def test_release_and_clip_may_be_hub_repositories(release_21, goldens_21, hub, f
     written = from_hub.run(CONVERT_FROM_HUB, tmp_path / "out", goldens_21.path / "hyperparameters.json")
     assert written == ["kandinsky-2-1-prior", "kandinsky-2-1", "kandinsky-2-1-inpaint"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(written)
-
-
-FACTS = {
-    "converter_version": "0",
-    "version": "0",
-    "repository": "someone/a-repository",
-    "options": {"dtype": "auto", "variant": None},
-    "sources": {},
-    "components": {},
-    "verification": None,
-}
-
-
-@pytest.mark.parametrize("layout", ["split", "combined"])
-@pytest.mark.parametrize("name", [repo.name for release in releases() for repo in release.repos])
-def test_every_repository_has_a_card_with_license_and_tags(name, layout):
-    data = ModelCard(render_card(name, {**FACTS, "options": {**FACTS["options"], "layout": layout}})).data
-    assert data.license
-    assert data.pipeline_tag
-    assert "kandinsky" in data.tags

@@ -1,10 +1,9 @@
-"""Tiny repositories like those of the community, as a source of conversions."""
+"""Tiny repositories of Kandinsky 2.2 like those of the community, as a source of conversions."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers.pipelines import kandinsky2_2
 from safetensors.torch import load_file
@@ -15,9 +14,8 @@ from tests.support.tiny22 import decoder_components, prior_components
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
-@pytest.fixture(scope="session")
-def community_22(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four Kandinsky 2.2 repositories that stock diffusers loads, each with its weights in other forms. Read only.
+def write_community(folder: Path) -> Path:
+    """Four Kandinsky 2.2 repositories that stock diffusers loads, each with its weights in other forms.
 
     | folder | weights |
     |---|---|
@@ -26,7 +24,6 @@ def community_22(tmp_path_factory: pytest.TempPathFactory) -> Path:
     | inpainting | pickled in shards, with a variant in half precision beside |
     | depth | safetensors; MoVQ pickled by an old diffusers, under the names of that time |
     """
-    folder = tmp_path_factory.mktemp("community")
     prior = kandinsky2_2.KandinskyV22PriorPipeline(**prior_components())
     prior.save_pretrained(folder / "prior")
     (folder / "prior" / "prior" / "diffusion_pytorch_model.safetensors").unlink()

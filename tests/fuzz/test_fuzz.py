@@ -1,0 +1,97 @@
+"""Whatever the input, nothing happens but that it is read or refused; SECURITY.md has the figures.
+
+`make fuzz` runs many inputs, the default run some of each kind. A fault tells its target and seed, and
+`make fuzz CASE=zip:17` runs that case alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .sandbox import Outcome, Target, run_cases
+from .targets import Sources, targets
+
+
+FEW = {
+    "conversion": 30,
+    "configuration": 30,
+    "original configuration": 20,
+    "shapes": 20,
+    "tokenizer": 30,
+    "output": 20,
+}
+FEW_OF_OTHERS = 60
+# of a long run, in shares
+SHARES = {"zip": 5, "legacy": 2, "safetensors": 2, "damaged weights": 2}
+MOST_SHOWN = 20
+
+
+@pytest.fixture(scope="module")
+def known(
+    release_lora: Path,
+    release_ip_adapter: Path,
+    release_21: Path,
+    release_31: Path,
+    ip_adapter: Path,
+    goldens_21: Any,
+) -> dict[str, Target]:
+    settings = goldens_21.path / "hyperparameters.json"
+    return targets(Sources(release_lora, release_ip_adapter, release_21, release_31, ip_adapter, settings))
+
+
+def run(cases: list[tuple[Target, int]], folder: Path) -> list[Outcome]:
+    outcomes = list(run_cases(cases, folder))
+    assert len(outcomes) == len(cases)
+    faults = [outcome for outcome in outcomes if outcome.result == "fault"]
+    told = "\n\n".join(f"{fault.target}:{fault.seed}\n{fault.said}" for fault in faults[:MOST_SHOWN])
+    assert not faults, f"{len(faults)} faults of {len(outcomes)}\n{told}"
+    return outcomes
+
+
+def test_some_hostile_input_of_each_kind_is_read_or_refused_and_nothing_else(
+    known: dict[str, Target], tmp_path: Path
+) -> None:
+    cases = [(target, seed) for target in known.values() for seed in range(FEW.get(target.name, FEW_OF_OTHERS))]
+    outcomes = run(cases, tmp_path)
+    refused = Counter(outcome.target for outcome in outcomes if outcome.result == "refused")
+    assert all(refused[target.name] for target in known.values() if target.errors), "else the input is not hostile"
+
+
+@pytest.mark.fuzz
+def test_much_hostile_input_is_read_or_refused_and_nothing_else(known: dict[str, Target], tmp_path: Path) -> None:
+    count, first = int(os.environ.get("KANDINSKY_FUZZ", "0")), int(os.environ.get("KANDINSKY_FUZZ_SEED", "1000000"))
+    if only := os.environ.get("KANDINSKY_FUZZ_CASE"):
+        name, _, seed = only.rpartition(":")
+        run([(known[name], int(seed))], tmp_path)
+        return
+    if not count:
+        pytest.skip("KANDINSKY_FUZZ says how many inputs")
+    turn = [target for target in known.values() for _ in range(SHARES.get(target.name, 1))]
+    outcomes = list(run_cases([(turn[n % len(turn)], first + n) for n in range(count)], tmp_path))
+    if report := os.environ.get("KANDINSKY_FUZZ_REPORT"):
+        Path(report).write_text(json.dumps(summary(outcomes), indent=2) + "\n")
+    faults = [outcome for outcome in outcomes if outcome.result == "fault"]
+    told = "\n\n".join(f"{fault.target}:{fault.seed}\n{fault.said}" for fault in faults[:MOST_SHOWN])
+    assert not faults, f"{len(faults)} faults of {len(outcomes)}\n{told}"
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """By target: how many, how they ended, the slowest and the one that took most memory."""
+    by_target: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_target.setdefault(outcome.target, []).append(outcome)
+    return {
+        name: {
+            "inputs": len(found),
+            **Counter(outcome.result for outcome in found),
+            "seconds": round(max(outcome.seconds for outcome in found), 2),
+            "mebibytes": round(max(outcome.memory for outcome in found)),
+        }
+        for name, found in by_target.items()
+    }
