@@ -27,7 +27,9 @@ DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=
 try:
     from kandinsky_diffusers import {class_name} as {name}
 except ModuleNotFoundError as error:
-    raise ImportError("{repo} needs a package that is not installed: pip install kandinsky-diffusers") from error
+    raise ImportError(
+        "{repo} needs a package that is not installed: pip install kandinsky-diffusers"
+    ) from error
 
 __all__ = ["{name}"]
 '''
