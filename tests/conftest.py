@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would onl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -138,6 +139,39 @@ def converted_21(goldens_21: GoldenFamily, release_21: Path, built: Built) -> Pa
         clip=release_21 / "clip",
         original_config=goldens_21.path / "hyperparameters.json",
     )
+
+
+@pytest.fixture(scope="session")
+def config_21(goldens_21: GoldenFamily) -> Path:
+    """The original's configuration of `release_21`."""
+    return goldens_21.path / "hyperparameters.json"
+
+
+@pytest.fixture(scope="session")
+def prior_release(release_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest release: the prior, and CLIP in its folder ``clip``. Read only."""
+    folder = tmp_path_factory.mktemp("release")
+    for name in ("prior_fp16.ckpt", "ViT-L-14_stats.th"):
+        shutil.copyfile(release_21 / name, folder / name)
+    shutil.copytree(release_21 / "clip", folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prior_in_shards(prior_release: Path, config_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prior's repository as ``convert --verify`` writes it, in several files for a model. Read only."""
+    output = tmp_path_factory.mktemp("sharded")
+    from kandinsky_diffusers.conversion import convert
+
+    options: dict[str, Any] = {"original_config": config_21, "clip": prior_release / "clip"}
+    convert(prior_release, output, max_shard_size="10KB", verify=True, **options)
+    return output / "kandinsky-2-1-prior"
+
+
+@pytest.fixture
+def prior_repo(converted_21: Path, tmp_path: Path) -> Path:
+    """A copy of the prior's repository, one file for a model."""
+    return shutil.copytree(converted_21 / "kandinsky-2-1-prior", tmp_path / "kandinsky-2-1-prior")
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,14 @@ from typing import Any
 
 from .comparison import check_tensors
 from .errors import ConversionError
-from .hub_source import INDEX, read_json
-from .reader import ShardedFile, WeightFile, check_zip, file_sha256, open_weights
+from .hub_source import INDEX
+from .json_files import read_json
+from .reader import ShardedFile, WeightFile, file_sha256, open_weights
 from .recipe import Repo
 from .reports import ComponentReport
 from .sources import WEIGHT_ENDINGS
 from .tensors import Tensors
+from .torch_file import check_zip
 from .weight_sets import is_of_weights, variant_of, weight_sets
 
 

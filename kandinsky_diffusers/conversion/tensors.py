@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .errors import ConversionError
 from .matching import Shape
 from .reader import WeightFile
 
@@ -42,13 +41,6 @@ class Tensors:
         """The tensor of that name.
 
         Raises:
-            ConversionError: it cannot be read, or is not plain numbers; a pickled file may hold other objects under
-                its names, and tensors that are sparse, quantized or without memory.
+            ConversionError: it cannot be read, or is none.
         """
-        import torch
-
-        value = self._homes[key].tensor(key)
-        dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-        if not dense or value.is_quantized:
-            raise ConversionError(f"{self._homes[key].path}: {key} is not a dense tensor.")
-        return value
+        return self._homes[key].tensor(key)

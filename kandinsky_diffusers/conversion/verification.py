@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from .comparison import compare_models, compare_with_source
 from .errors import ConversionError
-from .hub_source import INDEX, read_json
+from .hub_source import INDEX
+from .json_files import read_json
 from .layout import layouts_of
 from .matching import LEFT_OUT
 from .planning import ModelPlan, plan_models

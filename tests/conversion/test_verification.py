@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from kandinsky_diffusers.cli import app
-from kandinsky_diffusers.conversion import ConversionError, Verification, convert, verify
+from kandinsky_diffusers.conversion import ConversionError, convert, verify
 from kandinsky_diffusers.conversion.comparison import compare_models
 from kandinsky_diffusers.conversion.pieces import largest_difference, same_bits
 from kandinsky_diffusers.conversion.reader import WeightFile
@@ -24,188 +22,27 @@ from kandinsky_diffusers.conversion.reports import Outcome
 from kandinsky_diffusers.conversion.tensors import Tensors
 from tests.support.fake_hub import FakeHub
 from tests.support.processes import PythonProcess
-
-
-PRIOR = Path("prior", "diffusion_pytorch_model.safetensors")
-UNET = Path("unet", "diffusion_pytorch_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def config(goldens_21) -> Path:
-    return goldens_21.path / "hyperparameters.json"
-
-
-@pytest.fixture(scope="module")
-def prior_release(release_21: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest release: the prior, and CLIP in its folder ``clip``. Read only."""
-    folder = tmp_path_factory.mktemp("release")
-    for name in ("prior_fp16.ckpt", "ViT-L-14_stats.th"):
-        shutil.copyfile(release_21 / name, folder / name)
-    shutil.copytree(release_21 / "clip", folder / "clip")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sharded(prior_release: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prior's repository as ``convert --verify`` writes it, in several files for a model. Read only."""
-    output = tmp_path_factory.mktemp("sharded")
-    options: dict[str, Any] = {"original_config": config, "clip": prior_release / "clip"}
-    convert(prior_release, output, max_shard_size="10KB", verify=True, **options)
-    return output / "kandinsky-2-1-prior"
-
-
-@pytest.fixture
-def repo(converted_21: Path, tmp_path: Path) -> Path:
-    """A copy of the prior's repository, one file for a model."""
-    return shutil.copytree(converted_21 / "kandinsky-2-1-prior", tmp_path / "kandinsky-2-1-prior")
-
-
-def change(path: Path, key: str, changed: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-    tensors = load_file(path)
-    new = changed(tensors.pop(key).clone())
-    save_file(tensors if new is None else {**tensors, key: new}, path, {"format": "pt"})
-
-
-def failures(found: Verification) -> dict[str, Any]:
-    """Key to report of all tensors with which something is wrong."""
-    return {tensor.key: tensor for component in found.components for tensor in component.failures}
-
-
-def problems(found: Verification) -> str:
-    return "\n".join([*found.problems, *(text for component in found.components for text in component.problems)])
-
-
-# ------------------------------------------------------------------------------------------------ alone
-def test_what_convert_has_written_is_sound_and_runs(sharded: Path) -> None:
-    found = verify(sharded)
-    assert found.passed
-    assert found.loaded_and_run == "KandinskyPriorPipeline"
-    assert {component.name for component in found.components} == {"prior", "text_encoder", "image_encoder"}
-    assert all(component.outcomes.keys() == {"sound"} for component in found.components)
-
-
-def truncate(repo: Path) -> None:
-    path = next(repo.joinpath("prior").glob("*-00001-of-*"))
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def lose_a_shard(repo: Path) -> None:
-    next(repo.joinpath("prior").glob("*-00002-of-*")).unlink()
-
-
-def lose_an_index(repo: Path) -> None:
-    next(repo.joinpath("prior").glob("*.index.json")).unlink()
-
-
-def shorten_an_index(repo: Path) -> None:
-    path = next(repo.joinpath("prior").glob("*.index.json"))
-    index = json.loads(path.read_text())
-    del index["weight_map"]["prd_embedding"]
-    path.write_text(json.dumps(index))
-
-
-def lose_a_component(repo: Path) -> None:
-    shutil.rmtree(repo / "tokenizer")
-
-
-def lose_weights(repo: Path) -> None:
-    for path in repo.joinpath("prior").glob("diffusion*"):
-        path.unlink()
-
-
-def flip_a_bit(repo: Path) -> None:
-    """Neither a size nor a header tells this."""
-    path = next(repo.joinpath("prior").glob("*-00001-of-*"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def break_the_scheduler(repo: Path) -> None:
-    (repo / "scheduler" / "scheduler_config.json").write_text("{")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "named"),
-    [
-        (truncate, r"prior/diffusion_pytorch_model-00001-of-\d+\.safetensors .* truncated"),
-        (lose_a_shard, "lists 'diffusion_pytorch_model-00002-of-"),
-        (lose_an_index, "diffusion_pytorch_model-00001-of-.*without an index"),
-        (shorten_an_index, "1 tensors, such as prd_embedding, are not in"),
-        (lose_a_component, "lists tokenizer, and there is no such folder"),
-        (lose_weights, "prior has a config.json, but no weights"),
-        (flip_a_bit, "00001-of-.* is not the file that was written and verified"),
-        (break_the_scheduler, "does not run"),
-    ],
-)
-def test_damage_of_any_kind_is_found(sharded: Path, tmp_path: Path, spoil: Callable[[Path], None], named: str) -> None:
-    repo = shutil.copytree(sharded, tmp_path / sharded.name)
-    spoil(repo)
-    found = verify(repo, run=spoil is break_the_scheduler)
-    assert not found.passed
-    assert re.search(named, problems(found)), problems(found)
-
-
-def test_numbers_that_are_not_finite_are_named(repo: Path) -> None:
-    change(repo / PRIOR, "clip_std", lambda std: std.index_fill(1, torch.tensor([1]), torch.inf))
-    found = verify(repo)
-    assert {key: tensor.outcome for key, tensor in failures(found).items()} == {"clip_std": "not finite"}
-    assert found.loaded_and_run is None
-
-
-def test_a_model_with_fewer_tensors_than_were_written_is_found(repo: Path) -> None:
-    written = len(load_file(repo / PRIOR))
-    change(repo / PRIOR, "clip_std", lambda std: None)
-    assert f"{written - 1} tensors; conversion.json says {written}" in problems(verify(repo, run=False))
-
-
-def test_pickled_weights_are_checked_and_never_executed(repo: Path, tmp_path: Path) -> None:
-    target = repo / "prior" / "diffusion_pytorch_model.bin"
-    torch.save({"weight": torch.zeros(100)}, target)
-    content = bytearray(target.read_bytes())
-    content[content.index(bytes(400)) + 7] = 1
-    target.write_bytes(content)
-    assert "does not have the checksum" in problems(verify(repo, run=False))
-
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "executed",)
-
-    torch.save({"weight": Bomb()}, target)
-    assert not verify(repo, run=False).passed
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_repository_of_another_pipeline_is_loaded_but_not_run(tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-
-    sizes: dict[str, Any] = {"num_attention_heads": 1, "attention_head_dim": 4, "num_layers": 1, "sample_size": 2}
-    sizes |= {"num_embeds_ada_norm": 2, "norm_type": "ada_norm_zero", "norm_elementwise_affine": False}
-    scheduler: Any = DDPMScheduler()
-    autoencoder = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1)
-    DiTPipeline(DiTTransformer2DModel(**sizes), autoencoder, scheduler).save_pretrained(tmp_path)
-    found = verify(tmp_path)
-    assert found.passed
-    assert found.loaded_and_run is None
-    assert "loaded as DiTPipeline, but not run" in found.notes[0]
+from tests.support.verification import PRIOR, UNET, change, failures, problems
 
 
 # ------------------------------------------------------------------------------------------------ with another
-def test_it_does_not_matter_how_weights_are_stored(sharded: Path, converted_21: Path, repo: Path) -> None:
-    tensors = load_file(repo / PRIOR)
-    (repo / PRIOR).unlink()
-    torch.save(tensors, (repo / PRIOR).with_suffix(".bin"))
-    for other in (converted_21 / "kandinsky-2-1-prior", repo):
-        found = verify(sharded, other)
+def test_it_does_not_matter_how_weights_are_stored(
+    prior_in_shards: Path, converted_21: Path, prior_repo: Path
+) -> None:
+    tensors = load_file(prior_repo / PRIOR)
+    (prior_repo / PRIOR).unlink()
+    torch.save(tensors, (prior_repo / PRIOR).with_suffix(".bin"))
+    for other in (converted_21 / "kandinsky-2-1-prior", prior_repo):
+        found = verify(prior_in_shards, other)
         assert found.passed
         assert all(component.outcomes == {"equal": len(component.tensors)} for component in found.components)
         assert sum(len(component.tensors) for component in found.components) > len(tensors)
 
 
 def test_a_variant_is_equal_after_the_cast_that_made_it(
-    prior_release: Path, converted_21: Path, config: Path, tmp_path: Path
+    prior_release: Path, converted_21: Path, config_21: Path, tmp_path: Path
 ) -> None:
-    convert(prior_release, tmp_path, variant="fp16", original_config=config, clip=prior_release / "clip")
+    convert(prior_release, tmp_path, variant="fp16", original_config=config_21, clip=prior_release / "clip")
     variant, full = tmp_path / "kandinsky-2-1-prior", converted_21 / "kandinsky-2-1-prior"
     for pair in ((variant, full), (full, variant)):
         found = verify(*pair)
@@ -218,15 +55,15 @@ def test_a_variant_is_equal_after_the_cast_that_made_it(
     assert verify(variant).loaded_and_run == "KandinskyPriorPipeline"
 
 
-def test_every_difference_between_two_repositories_is_named_with_its_size(converted_21: Path, repo: Path) -> None:
-    change(repo / PRIOR, "prd_embedding", lambda tensor: None)
-    change(repo / PRIOR, "clip_mean", lambda mean: mean[:, :-1])
-    change(repo / PRIOR, "clip_std", lambda std: std + 0.5)
-    tensors = load_file(repo / PRIOR)
-    save_file({**tensors, "more": torch.ones(2)}, repo / PRIOR, {"format": "pt"})
-    shutil.rmtree(repo / "image_encoder")
+def test_every_difference_between_repositories_is_named_with_its_size(converted_21: Path, prior_repo: Path) -> None:
+    change(prior_repo / PRIOR, "prd_embedding", lambda tensor: None)
+    change(prior_repo / PRIOR, "clip_mean", lambda mean: mean[:, :-1])
+    change(prior_repo / PRIOR, "clip_std", lambda std: std + 0.5)
+    tensors = load_file(prior_repo / PRIOR)
+    save_file({**tensors, "more": torch.ones(2)}, prior_repo / PRIOR, {"format": "pt"})
+    shutil.rmtree(prior_repo / "image_encoder")
 
-    found = verify(repo, converted_21 / "kandinsky-2-1-prior")
+    found = verify(prior_repo, converted_21 / "kandinsky-2-1-prior")
 
     outcomes = {key: str(tensor.outcome) for key, tensor in failures(found).items()}
     assert outcomes == {
@@ -239,7 +76,8 @@ def test_every_difference_between_two_repositories_is_named_with_its_size(conver
     std = failures(found)["clip_std"]
     assert std.absolute == pytest.approx(0.5)
     assert std.relative == pytest.approx(0.5 / (original + 0.5).abs().max().item())
-    assert "it is only in" in problems(found)
+    assert f"only in {converted_21}" in problems(found)
+    assert f"only in {converted_21}" in problems(verify(converted_21 / "kandinsky-2-1-prior", prior_repo))
 
 
 def test_single_models_are_compared_too(converted_21: Path) -> None:
@@ -295,16 +133,16 @@ def test_tensors_larger_than_a_piece_are_compared_to_the_end() -> None:
 
 # ------------------------------------------------------------------------------------------------ with an original
 def test_a_repository_is_equal_to_the_release_it_was_made_from(
-    converted_21: Path, release_21: Path, config: Path
+    converted_21: Path, release_21: Path, config_21: Path
 ) -> None:
-    found = verify(converted_21 / "kandinsky-2-1", release_21, original_config=config)
+    found = verify(converted_21 / "kandinsky-2-1", release_21, original_config=config_21)
     assert found.passed
     unet = torch.load(release_21 / "decoder_fp16.ckpt", weights_only=True)
     assert {component.name: component.outcomes for component in found.components}["unet"] == {"equal": len(unet)}
 
 
 def test_differences_from_an_original_have_its_names(
-    converted_21: Path, release_21: Path, config: Path, tmp_path: Path
+    converted_21: Path, release_21: Path, config_21: Path, tmp_path: Path
 ) -> None:
     repo = tmp_path / "kandinsky-2-1"
     shutil.copytree(converted_21 / "kandinsky-2-1" / "unet", repo / "unet")
@@ -313,7 +151,7 @@ def test_differences_from_an_original_have_its_names(
     change(repo / UNET, "time_embedding.linear_1.weight", lambda weight: None)
     change(repo / UNET, "time_embedding.linear_2.bias", lambda bias: bias[:-1])
 
-    found = verify(repo, release_21 / "decoder_fp16.ckpt", original_config=config)
+    found = verify(repo, release_21 / "decoder_fp16.ckpt", original_config=config_21)
 
     assert {key: str(tensor.outcome) for key, tensor in failures(found).items()} == {
         "middle_block.1.qkv.bias": "different",
@@ -342,12 +180,12 @@ def test_a_constant_and_what_nothing_is_the_source_of_are_compared_as_well(
 
 
 def test_what_was_left_out_on_request_is_known_from_the_record(
-    prior_release: Path, config: Path, tmp_path: Path
+    prior_release: Path, config_21: Path, tmp_path: Path
 ) -> None:
     release = shutil.copytree(prior_release, tmp_path / "release")
     tensors = torch.load(release / "prior_fp16.ckpt", weights_only=True)
     torch.save({**tensors, "ema.decay[0]": torch.ones(1)}, release / "prior_fp16.ckpt")
-    options: dict[str, Any] = {"original_config": config, "clip": release / "clip"}
+    options: dict[str, Any] = {"original_config": config_21, "clip": release / "clip"}
     convert(release, tmp_path / "out", drop=["ema.*"], **options)
     repo = tmp_path / "out" / "kandinsky-2-1-prior"
     assert verify(repo, release, **options).passed
@@ -356,23 +194,20 @@ def test_what_was_left_out_on_request_is_known_from_the_record(
         verify(repo, release, **options)
 
 
-def test_only_a_cast_of_the_original_counts(prior_release: Path, config: Path, tmp_path: Path) -> None:
+def test_only_a_cast_of_the_original_counts(prior_release: Path, config_21: Path, tmp_path: Path) -> None:
     """Rounding what was written could hide a difference below half precision."""
-    convert(prior_release, tmp_path, dtype="float32", original_config=config, clip=prior_release / "clip")
+    convert(prior_release, tmp_path, dtype="float32", original_config=config_21, clip=prior_release / "clip")
     repo = tmp_path / "kandinsky-2-1-prior"
-    assert verify(repo, prior_release, original_config=config).passed
+    assert verify(repo, prior_release, original_config=config_21).passed
     change(repo / PRIOR, "prd_embedding", lambda embedding: embedding * (1 + 2**-20))
-    assert failures(verify(repo, prior_release, original_config=config)).keys() == {"model.prd_emb"}
+    assert failures(verify(repo, prior_release, original_config=config_21)).keys() == {"model.prd_emb"}
 
 
-@pytest.mark.parametrize("family", ["lora", "ip_adapter"])
 def test_repositories_without_an_index_are_compared_with_their_originals(
-    request: pytest.FixtureRequest, family: str
+    converted_lora: Path, release_lora: Path
 ) -> None:
-    release = request.getfixturevalue(f"release_{family}")
-    place = request.getfixturevalue({"lora": "converted_lora", "ip_adapter": "ip_adapter"}[family])
-    repo = place / "kandinsky-3-lora" if family == "lora" else place
-    assert verify(repo, release).passed
+    repo = converted_lora / "kandinsky-3-lora"
+    assert verify(repo, release_lora).passed
     assert verify(repo).loaded_and_run is not None
 
 
@@ -415,14 +250,14 @@ result = [found.as_dict(), both.passed, verify("someone/kandinsky-2-1-prior").lo
 
 
 def test_repositories_and_originals_may_be_on_the_hub(
-    converted_21: Path, prior_release: Path, config: Path, hub: FakeHub, from_hub: PythonProcess
+    converted_21: Path, prior_release: Path, config_21: Path, hub: FakeHub, from_hub: PythonProcess
 ) -> None:
     hub.repos |= {
         "someone/kandinsky-2-1-prior": converted_21 / "kandinsky-2-1-prior",
         "someone/Kandinsky_2.1": prior_release,
         "someone/clip": prior_release / "clip",
     }
-    found, both, ran = from_hub.run(VERIFY_BY_ID.replace("CONFIG", repr(str(config))))
+    found, both, ran = from_hub.run(VERIFY_BY_ID.replace("CONFIG", repr(str(config_21))))
     assert found["passed"]
     assert all(component["outcomes"].keys() == {"equal"} for component in found["components"])
     assert both
@@ -430,15 +265,15 @@ def test_repositories_and_originals_may_be_on_the_hub(
 
 
 def test_the_command_shows_a_table_or_json_and_ends_with_1_where_something_is_wrong(
-    converted_21: Path, repo: Path
+    converted_21: Path, prior_repo: Path
 ) -> None:
     wide = {"COLUMNS": "160"}
-    command = ["verify", str(repo), "--against", str(converted_21 / repo.name)]
+    command = ["verify", str(prior_repo), "--against", str(converted_21 / prior_repo.name)]
     same = CliRunner().invoke(app, [*command, "--all"], env=wide)
     assert same.exit_code == 0
     assert "prd_embedding" in same.stdout
 
-    change(repo / PRIOR, "prd_embedding", lambda embedding: embedding * torch.nan)
+    change(prior_repo / PRIOR, "prd_embedding", lambda embedding: embedding * torch.nan)
     table = CliRunner().invoke(app, command, env=wide)
     assert table.exit_code == 1
     assert "prd_embedding" in table.stdout
@@ -451,6 +286,6 @@ def test_the_command_shows_a_table_or_json_and_ends_with_1_where_something_is_wr
     (listed,) = [tensor for component in found["components"] for tensor in component["listed"]]
     assert (listed["key"], listed["outcome"], listed["absolute"]) == ("prd_embedding", "different", None)
 
-    alone = CliRunner().invoke(app, ["verify", str(repo), "--no-run"])
+    alone = CliRunner().invoke(app, ["verify", str(prior_repo), "--no-run"])
     assert alone.exit_code == 1
     assert "is not sound: prior" in alone.stderr
