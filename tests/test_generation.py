@@ -50,7 +50,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def write_jobs(path: Path, *jobs: dict[str, Any]) -> Path:
-    path.write_text("".join(f"{json.dumps(job)}\n" for job in jobs), encoding="utf-8")
+    path.write_text("".join(f"{json.dumps(job, ensure_ascii=False)}\n" for job in jobs), encoding="utf-8")
     return path
 
 
@@ -77,15 +77,15 @@ def test_every_bad_line_is_reported_with_its_key_before_anything_is_loaded(pictu
         '{"prompt": "a cat", "seed": true}': "`seed` is True",
         '{"prompt": "a cat", "size": "0x64"}': "`size` is '0x64'",
         '{"prompt": "a cat", "image": "nowhere.png"}': "`image`",
-        '{"prompt": "a cat", "image": "half.png"}': "`image`",
+        '{"prompt": "a cat", "image": "half.jpeg"}': "`image`",
         '{"prompt": "a cat", "mask": "mask.png"}': "`mask` is given without `image`",
         '{"negative": "a cat"}': "`prompt` is missing",
         '{"prompt": "a \\ud800 cat"}': "`prompt`",
         '["a cat"]': "no JSON object",
         "a cat": "no JSON",
     }
-    whole = (pictures / "cat.png").read_bytes()
-    (pictures / "half.png").write_bytes(whole[: len(whole) // 2])
+    Image.open(pictures / "cat.png").save(pictures / "half.jpeg")
+    os.truncate(pictures / "half.jpeg", 1000)
     good = '{"prompt": "a cat", "image": "cat.png", "mask": "mask.png"}'
     (pictures / "jobs.jsonl").write_text("\n".join((good, *bad, "", good)))
 

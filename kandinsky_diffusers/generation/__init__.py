@@ -131,6 +131,7 @@ def _draw(
     """Draw what is missing of this process's share, batch by batch; returns the number of new pictures."""
     run = folder.run
     batches = batches_of(run.jobs, run.settings.batch_size)
+    # of all batches, not of those that are missing: each process looks at another moment
     share = batches[process.process_index :: process.num_processes]
     missing = [batch for batch in share if not all(map(folder.has, batch.numbers))]
     if not missing:
