@@ -215,6 +215,16 @@ def test_hooks_that_were_removed_do_not_matter() -> None:
     runs_as_ours(adopt(prior))
 
 
+def test_hooks_that_were_removed_from_an_earlier_view_do_not_matter() -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    prior = small_prior()
+    view = adopt(prior)
+    offload_whole(view)
+    remove_hook_from_module(view)
+    assert type(adopt(prior)) is CachedPriorTransformer
+
+
 def test_the_hook_of_a_device_map_moves_to_the_view() -> None:
     prior = small_prior()
     dispatch_model(prior, {"": "cpu"}, force_hooks=True)
