@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from diffusers import DDIMScheduler, PriorTransformer, UnCLIPScheduler, VQModel
 from safetensors.torch import load_file
@@ -105,8 +106,8 @@ def test_a_compiled_model_is_saved_as_the_model() -> None:
     assert stock_identity(torch.compile(adopt(small_prior()))) == ("diffusers", "PriorTransformer")
 
 
+@pytest.mark.skipif(not hasattr(transformers, "CLIPImageProcessorPil"), reason="older transformers have no such class")
 def test_the_pil_image_processor_gets_its_usual_name() -> None:
-    transformers = pytest.importorskip("transformers")
     assert stock_identity(transformers.CLIPImageProcessorPil()) == ("transformers", "CLIPImageProcessor")
 
 
