@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from .sandbox import Outcome, Target, run_cases
-from .targets import Sources, targets
+from .targets import Sources, known_files, known_target, targets
 
 
 FEW = {
@@ -33,16 +33,21 @@ MOST_SHOWN = 20
 
 
 @pytest.fixture(scope="module")
-def known(
+def sources(
     release_lora: Path,
     release_ip_adapter: Path,
     release_21: Path,
     release_31: Path,
     ip_adapter: Path,
     goldens_21: Any,
-) -> dict[str, Target]:
+) -> Sources:
     settings = goldens_21.path / "hyperparameters.json"
-    return targets(Sources(release_lora, release_ip_adapter, release_21, release_31, ip_adapter, settings))
+    return Sources(release_lora, release_ip_adapter, release_21, release_31, ip_adapter, settings)
+
+
+@pytest.fixture(scope="module")
+def known(sources: Sources) -> dict[str, Target]:
+    return targets(sources)
 
 
 def run(cases: list[tuple[Target, int]], folder: Path) -> list[Outcome]:
@@ -52,6 +57,13 @@ def run(cases: list[tuple[Target, int]], folder: Path) -> list[Outcome]:
     told = "\n\n".join(f"{fault.target}:{fault.seed}\n{fault.said}" for fault in faults[:MOST_SHOWN])
     assert not faults, f"{len(faults)} faults of {len(outcomes)}\n{told}"
     return outcomes
+
+
+def test_what_has_once_taken_all_memory_or_time_or_the_process_is_refused(sources: Sources, tmp_path: Path) -> None:
+    files = known_files(sources)
+    outcomes = run([(known_target(content), 0) for content in files.values()], tmp_path)
+    ends = dict(zip(files, (outcome.result for outcome in outcomes), strict=True))
+    assert ends == {**dict.fromkeys(files, "refused"), "a dict whose items are a number": "accepted"}
 
 
 def test_some_hostile_input_of_each_kind_is_read_or_refused_and_nothing_else(
