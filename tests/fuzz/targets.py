@@ -22,14 +22,12 @@ from kandinsky_diffusers.conversion.reader import open_weights
 from kandinsky_diffusers.conversion.recipe import Inputs
 from kandinsky_diffusers.conversion.repository import Output, RepoWriter, write_config
 from kandinsky_diffusers.conversion.staging import Staging
-from kandinsky_diffusers.k3.ip_adapter import _read, _sources
 from kandinsky_diffusers.k3.ip_adapter_variants import IMAGE_ENCODER
 from kandinsky_diffusers.k3.variants import RELEASE_31
 from kandinsky_diffusers.k21.variants import CLIP_IMAGE_ENCODER, CLIP_TEXT_ENCODER, MCLIP
-from kandinsky_diffusers.lora_files import find_lora, read_lora
 
+from . import adapters, pictures
 from . import mutations as hostile
-from . import pictures
 from .pickling import KNOWN, dumps
 from .sandbox import Target, written
 
@@ -77,6 +75,14 @@ class Sources:
         tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).half()}
         self.small = _saved(tensors)
         self.legacy = _saved(tensors, _use_new_zipfile_serialization=False)
+        paths = (
+            lora / "pytorch_model.bin",
+            of_21 / "prior_fp16.ckpt",
+            of_21 / "text_encoder" / "pytorch_model.bin",
+            of_31 / "weights" / "movq.pt",
+            ip_adapter / "unet" / "diffusion_pytorch_model.safetensors",
+        )
+        self.shapes = [{key: list(shape) for key, shape in open_weights(path).shapes.items()} for path in paths]
         self.safetensors = (ip_adapter / "image_encoder" / "model.safetensors").read_bytes()
 
 
@@ -102,10 +108,9 @@ def targets(sources: Sources) -> dict[str, Target]:
         Target("tokenizer", partial(_tokenizer, sources), (weights,)),
         Target("conversion", partial(_conversion, sources), (weights,)),
         Target("output", partial(_output, sources), (weights,)),
-        Target("LoRA", partial(_lora, sources), (ValueError, FileNotFoundError)),
-        Target("IP-Adapter", partial(_ip_adapter, sources), (ValueError, OSError)),
     ]
-    return {target.name: target for target in (*found, *pictures.targets())}
+    others = (*adapters.targets(sources.lora, sources.adapter), *pictures.targets())
+    return {target.name: target for target in (*found, *others)}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -212,16 +217,7 @@ def _inventory(random: Random, case: Path) -> Act:
 
 def _shapes(sources: Sources, random: Random, case: Path) -> Act:
     """Other shapes, names and numbers of layers, in inventories: rules and models are made for these."""
-    path = random.choice(
-        (
-            sources.lora / "pytorch_model.bin",
-            sources.of_21 / "prior_fp16.ckpt",
-            sources.of_21 / "text_encoder" / "pytorch_model.bin",
-            sources.of_31 / "weights" / "movq.pt",
-            sources.ip_adapter / "unet" / "diffusion_pytorch_model.safetensors",
-        )
-    )
-    shapes = {key: list(shape) for key, shape in open_weights(path).shapes.items()}
+    shapes = dict(random.choice(sources.shapes))
     keys = list(shapes)
     for key in random.sample(keys, random.choice((1, 1, 3))):
         match random.randrange(5):
@@ -373,46 +369,3 @@ def _output(sources: Sources, random: Random, case: Path) -> Act:
         (sources.lora, sources.lora, case / "in" / "../../outside", Path("../x"), Path("../../x/y"))
     )
     return partial(convert, source, out, version="3-lora", overwrite=random.random() < 0.7)
-
-
-# ------------------------------------------------------------------------------------------------------------ adapters
-def _lora(sources: Sources, random: Random, case: Path) -> Act:
-    folder = case / "in"
-    if random.random() < 0.5:
-        content = (sources.lora / "pytorch_model.bin").read_bytes()
-        written(folder / "pytorch_model.bin", random.choice((hostile.damaged, hostile.torch_archive))(random, content))
-    else:
-        header = {
-            "base_model.model.down_blocks.0.attentions.0.to_q.lora_A.weight": {
-                "dtype": "F32",
-                "shape": [2, 4],
-                "data_offsets": [0, 32],
-            },
-            "base_model.model.down_blocks.0.attentions.0.to_q.lora_B.weight": {
-                "dtype": "F32",
-                "shape": [4, 2],
-                "data_offsets": [32, 64],
-            },
-            "__metadata__": {
-                "lora_adapter_metadata": hostile.json_text(random, {"unet.r": 4}).decode(errors="replace")
-            },
-        }
-        if random.random() < 0.5:
-            del header["__metadata__"]
-            written(folder / "adapter_config.json", hostile.json_text(random, hostile.json_value(random)))
-        text = json.dumps(header).encode()
-        content = len(text).to_bytes(8, "little") + text + bytes(64)
-        written(
-            folder / "adapter_model.safetensors",
-            content if random.random() < 0.6 else hostile.safetensors(random, content),
-        )
-    return lambda: read_lora(find_lora(folder))
-
-
-def _ip_adapter(sources: Sources, random: Random, case: Path) -> Act:
-    path = case / "in" / "ip_adapter.safetensors"
-    content = (sources.adapter / "ip_adapter.safetensors").read_bytes()
-    path.write_bytes(hostile.safetensors(random, content))
-    names = ("ip_adapter.safetensors", "../x.safetensors", "missing.safetensors", "x.bin", "../../outside/keep.txt")
-    (adapter,) = _sources(path.parent, None, random.choice((names[0], names[0], names[0], *names)))
-    return partial(_read, adapter)
