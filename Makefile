@@ -7,13 +7,15 @@ INSTALLED_UPSTREAM := $(VENV)/.installed-upstream
 DEMO_RELEASE := build/demo-release
 GOLDENS_21 := tests/data/goldens/kandinsky-2.1
 TINY_REPOS := build/tiny-repos
+INPUTS ?= 20000
 
-.PHONY: help install demo examples test upstream-tests check format bench clean
+.PHONY: help install demo examples test fuzz upstream-tests check format bench clean
 
 help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
+	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17 is one alone), figures into fuzz.json"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
@@ -51,6 +53,10 @@ examples: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(INSTALLED)
+	KANDINSKY_FUZZ=$(INPUTS) KANDINSKY_FUZZ_CASE=$(CASE) KANDINSKY_FUZZ_REPORT=$(abspath fuzz.json) \
+		$(BIN)/python -m pytest -m fuzz --numprocesses=0 tests/fuzz $(ARGS)
 
 upstream-tests: $(INSTALLED_UPSTREAM)
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout: make upstream-tests DIFFUSERS=path/to/diffusers" >&2; exit 1; }
