@@ -13,14 +13,16 @@ DRIFT_TESTS := tests/test_registry.py tests/test_compatibility.py \
 	tests/test_hub_loading.py tests/k20/test_hub.py tests/k22/test_loading.py tests/k3/test_loading.py \
 	tests/conversion/test_convert.py tests/k21/test_golden_pipelines.py tests/k3/test_quantization.py \
 	tests/test_examples.py
+INPUTS ?= 20000
 
-.PHONY: help install demo examples test drift drift-oldest drift-newest upstream-tests check format bench clean
+.PHONY: help install demo examples test fuzz drift drift-oldest drift-newest upstream-tests check format bench clean
 
 help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
 	@echo "make drift    test with the oldest and with the newest versions that setup.cfg admits (ARGS=tests: all tests)"
+	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17 is one alone), figures into fuzz.json"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
@@ -71,6 +73,10 @@ drift-oldest drift-newest: drift-%: $(INSTALLED)
 	$(DRIFT)/$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(DRIFT)/$*/constraints.txt -e '.[test]'
 	$(DRIFT)/$*/bin/python -m pytest $(or $(ARGS),$(DRIFT_TESTS))
+
+fuzz: $(INSTALLED)
+	KANDINSKY_FUZZ=$(INPUTS) KANDINSKY_FUZZ_CASE=$(CASE) KANDINSKY_FUZZ_REPORT=$(abspath fuzz.json) \
+		$(BIN)/python -m pytest -m fuzz --numprocesses=0 tests/fuzz $(ARGS)
 
 upstream-tests: $(INSTALLED_UPSTREAM)
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout: make upstream-tests DIFFUSERS=path/to/diffusers" >&2; exit 1; }

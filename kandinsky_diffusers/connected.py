@@ -21,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from .front_matter import read_front_matter
 from .inputs import as_prompts, as_weights, beautified, check_counts
 from .lora import KandinskyLoraMixin
-from .options import Pictures, complete_arguments
+from .options import Pictures
 from .prior_call import check_mixable
 
 
@@ -178,7 +178,7 @@ class ConnectedPriorMixin(KandinskyLoraMixin):
 
         own = {name.removeprefix("prior_"): arguments[name] for name in arguments if name.startswith("prior_")}
         for_prior = {name: arguments[name] for name in FOR_PRIOR} | own | {"return_dict": False}
-        prior._check(complete_arguments(prior, for_prior))
+        prior.check_call(**for_prior)
         return for_prior, for_decoder
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ def _parameters_of(pipeline: Any) -> Sequence[str]:
 def _check_decoder(decoder: Any, arguments: dict[str, Any], images: int) -> None:
     """Check what the decoder will be called with, when there are no embeddings yet."""
     embeds = dict.fromkeys(EMBEDS, torch.empty(images, decoder._embeds_width))
-    decoder._plan(complete_arguments(decoder, arguments | embeds))
+    decoder.check_call(**(arguments | embeds))
 
 
 def _repeat_each(pictures: Any, prompts: int, times: int) -> Any:

@@ -265,6 +265,8 @@ def scales_from(scales: float | Image | Sequence[float | Image], height: int, wi
         ValueError: a shape is another, a value is not finite, or the sequence is empty.
     """
     items: list[Any] = list(scales) if isinstance(scales, (list, tuple)) else [scales]
+    if any(isinstance(item, int) and abs(item) > 2**64 for item in items):
+        raise ValueError(f"`{name}` has a number that is no scale; accepted are those of a float.")
     rows = [_scale_of(item, name) for item in items]
     if any(row.shape[-2:] != (1, 1) for row in rows):
         rows = [F.interpolate(row, (height, width), mode="nearest-exact") for row in rows]

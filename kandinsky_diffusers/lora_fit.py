@@ -17,7 +17,12 @@ logger = logging.get_logger(__name__)
 
 # ways to begin a training that also change the weights of the model
 CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# with these peft imports any module by its name
+IMPORTS = ("megatron_config", "megatron_core")
 _SHOWN = 5
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
+_REPETITION = re.compile(r"[*+]|\{\d")
+_MOST_REPETITIONS = 2
 
 Part = tuple[Mapping[str, torch.Tensor], Mapping[str, Any] | None]
 
@@ -135,10 +140,32 @@ def _config_stored(stored: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple
             f"its configuration has `init_lora_weights` {stored['init_lora_weights']!r}: it was trained on a model"
             " with other weights. Accepted is what peft's `path_initial_model_for_weight_conversion` makes of it."
         )
-    config: Any = LoraConfig.from_peft_type(**stored)
-    faults = []
-    for name, rank in ranks.items():
-        wanted = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        if wanted != rank:
-            faults.append(f"{name} has rank {rank}, and its configuration says {wanted}")
+    _check_patterns(stored)
+    own = {key: value for key, value in stored.items() if key not in IMPORTS}
+    try:
+        config: Any = LoraConfig.from_peft_type(**own)
+        faults = []
+        for name, rank in ranks.items():
+            wanted = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+            if wanted != rank:
+                faults.append(f"{name} has rank {rank}, and its configuration says {wanted}")
+    except (TypeError, AttributeError, ValueError, LookupError, ImportError, re.error) as error:
+        raise ValueError(f"its configuration is none that peft takes: {error}") from error
     return config.to_dict(), faults
+
+
+def _check_patterns(stored: Mapping[str, Any]) -> None:
+    """Regular expressions come from the file, too, and one such as `(a+)+b` takes years for a name of 60 letters.
+
+    Raises:
+        ValueError: one repeats a group, or has more than two repetitions.
+    """
+    settings = [stored.get(name) for name in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")]
+    patterns = [setting for setting in settings if isinstance(setting, str)]
+    patterns += [pattern for setting in settings if isinstance(setting, Mapping) for pattern in setting]
+    for pattern in patterns:
+        if _REPEATED_GROUP.search(pattern) or len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS:
+            raise ValueError(
+                f"its configuration has the pattern {pattern[:80]!r}; accepted are up to"
+                f" {_MOST_REPETITIONS} repetitions, and none of a group."
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
 from .hub import open_repo, push_saved
+from .options import complete_arguments
 
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -91,6 +93,26 @@ class KandinskyPipelineMixin:
         finally:
             vars(self).update(kept)
         return self if device is None else super().to(device, **{**kwargs, "dtype": None})
+
+    def check_call(self, **arguments: Any) -> dict[str, Any]:
+        """Check what a call would be given; no model runs.
+
+        Returns:
+            All arguments of the call by their names, with what the pipeline or its repository has for those left out.
+
+        Raises:
+            TypeError, ValueError: as the call would.
+        """
+        completed = complete_arguments(self, arguments)
+        self._plan(completed)
+        return self._with_defaults(completed)
+
+    def _plan(self, arguments: Mapping[str, Any]) -> Any:
+        """All of a call that can be done without a model."""
+        return self._check(arguments)
+
+    def _with_defaults(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(arguments)
 
     def exact_reference(self, enabled: bool = True) -> Self:
         """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""

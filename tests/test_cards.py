@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,3 +242,74 @@ def test_the_stub_is_told_of_where_it_is_and_not_of_a_copy_which_has_none(decode
     copied = pipeline_card(from_card(decoder, tmp_path / "repo", card), "me/mine")
     assert "## Without an import" not in copied.text
     assert "## Limits" in copied.text
+
+
+def test_the_source_on_the_hub_is_the_base_and_its_card_is_read_with_the_token(
+    decoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text(
+        '---\nlicense: mit\n---\n`from_pretrained("someone/model")`\n', encoding="utf-8"
+    )
+    asked = []
+
+    def download(repo: str, name: str, token: Any) -> str:
+        asked.append((repo, name, token))
+        return str(tmp_path / name)
+
+    pipeline = from_nowhere(decoder)
+    pipeline.register_to_config(_name_or_path="someone/model")
+    unreadable = pipeline_card(pipeline, "me/mine")  # tests have no network
+    monkeypatch.setattr("kandinsky_diffusers.cards.hf_hub_download", download)
+    card = pipeline_card(pipeline, "me/mine", token="a token")
+    assert asked == [("someone/model", "README.md", "a token")]
+    assert card.data.base_model == unreadable.data.base_model == "someone/model"
+    assert (card.data.license, unreadable.data.license) == ("mit", "apache-2.0")
+    assert '`from_pretrained("me/mine")`' in card.text
+    assert "# Kandinsky 2.1\n" in unreadable.text
+    assert "loaded from `someone/model`" in card.text
+
+
+def pipeline_like(name: str, channels: int, scheduler: str, **parts: Any) -> Any:
+    """A pipeline of a class, with no more than what tells of which kind it is."""
+    unet = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
+    attributes = {
+        "unet": unet,
+        "scheduler": type(scheduler, (), {})(),
+        "components": {"unet": unet, **parts},
+        "config": {"scale": 4 if channels == 6 else None},
+    }
+    return object.__new__(type(name, (getattr(kandinsky_diffusers, name),), attributes))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "scheduler", "title"),
+    [
+        ("KandinskyV20Img2ImgPipeline", 4, "DDIMScheduler", "Kandinsky 2.0"),
+        ("KandinskyV20InpaintPipeline", 9, "DDIMScheduler", "Kandinsky 2.0 inpainting"),
+        ("KandinskyInpaintPipeline", 4, "DDIMScheduler", "Kandinsky 2.1"),  # repaints with the model for drawing
+        ("KandinskyV22Img2ImgPipeline", 4, "DDPMScheduler", "Kandinsky 2.2"),
+        ("KandinskyV22InpaintCombinedPipeline", 9, "DDPMScheduler", "Kandinsky 2.2 inpainting"),
+        ("KandinskyV22ControlnetImg2ImgPipeline", 8, "DDPMScheduler", "Kandinsky 2.2 ControlNet, depth"),
+        ("Kandinsky3Pipeline", 4, "Kandinsky3DDPMScheduler", "Kandinsky 3.0"),
+        ("Kandinsky3InpaintPipeline", 9, "Kandinsky3DDPMScheduler", "Kandinsky 3.0 inpainting"),
+        ("Kandinsky3Img2ImgPipeline", 4, "Kandinsky3AncestralScheduler", "Kandinsky 3.1"),
+        ("Kandinsky3InpaintPipeline", 9, "Kandinsky3AncestralScheduler", "Kandinsky 3.1 inpainting"),
+        ("Kandinsky3Pipeline", 4, "Kandinsky3FlashScheduler", "Kandinsky 3.1 Flash"),
+        ("KandiSuperResPipeline", 6, "DPMSolverMultistepScheduler", "KandiSuperRes x4"),
+        ("KandiSuperResPipeline", 6, "Kandinsky3FlashScheduler", "KandiSuperRes Flash x2"),
+    ],
+)
+def test_models_and_scheduler_tell_which_card_it_is(name: str, channels: int, scheduler: str, title: str) -> None:
+    card = pipeline_card(pipeline_like(name, channels, scheduler), "me/mine")
+    assert card.text.startswith(f"\n# {title}\n")
+    assert '"me/mine"' in card.text
+
+
+def test_with_a_controlnet_the_example_gives_it_edges(tmp_path: Path) -> None:
+    pipeline = pipeline_like("Kandinsky3ControlNetPipeline", 4, "Kandinsky3AncestralScheduler", controlnet="a model")
+    (tmp_path / "README.md").write_text(str(render_card("kandinsky-3-1", facts("kandinsky-3-1"))), encoding="utf-8")
+    for source in (None, tmp_path):
+        pipeline.config["_name_or_path"] = source
+        card = pipeline_card(pipeline, "me/mine")
+        assert "image=edges" in card.text
+        assert "controlnet" in (card.data.tags or ())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from kandinsky_diffusers.compatibility import SUPPORTED_DIFFUSERS
@@ -19,6 +21,13 @@ REQUIREMENTS = {needed.name: needed for needed in requirements("test")}
 
 def test_setup_cfg_states_the_diffusers_that_the_package_accepts() -> None:
     assert REQUIREMENTS["diffusers"].specifier == SUPPORTED_DIFFUSERS
+
+
+@pytest.mark.parametrize("name", ["diffusers", "transformers", "huggingface_hub"])
+def test_the_readme_states_the_range_of_setup_cfg(name: str) -> None:
+    stated = re.findall(rf"`{name}(>=[\d.]+,<[\d.]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+    assert [SpecifierSet(text) for text in stated] == [REQUIREMENTS[name].specifier]
 
 
 def test_make_and_ci_install_versions_that_setup_cfg_admits() -> None:

@@ -81,6 +81,40 @@ def test_a_decoder_without_a_prior_says_what_to_do(tmp_path: Path, written: str)
         find_prior(write_card(tmp_path / DECODER, written))
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("prior: {a: b}", "a dict"),
+        ("prior: [[a]]", "a list"),
+        ("prior: [x", "no YAML"),
+        (f"prior: {'[' * 3000}", "no YAML"),
+        ("a: &a [x]\nprior: *a", "aliases"),
+        ("- prior", "a mapping is expected"),
+        (f"a: {'b' * 70_000}\nprior: x", "longer than"),
+    ],
+)
+def test_a_card_that_names_no_prior_in_plain_yaml_is_refused(tmp_path: Path, written: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_prior(write_card(tmp_path / DECODER, written))
+
+
+def test_ten_lines_of_yaml_do_not_become_a_thousand_million(tmp_path: Path) -> None:
+    lines = ["a0: &a0 {x: y}"]
+    lines += [f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(ValueError, match="aliases"):
+        find_prior(write_card(tmp_path / DECODER, "\n".join(lines)))
+
+
+@pytest.mark.parametrize("name", ["../../prior", "/srv/prior", "~/prior", "prior"])
+def test_a_card_on_the_hub_names_a_repository_and_no_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = write_card(tmp_path / "card", f"prior: {name}") / "README.md"
+    monkeypatch.setattr(connected, "hf_hub_download", lambda *arguments, **options: str(card))
+    with pytest.raises(ValueError, match="the id of a Hub repository"):
+        find_prior("someone/decoder")
+
+
 def test_a_folder_may_be_given_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prior = write_index(tmp_path / PRIOR)
     (tmp_path / DECODER / "unet").mkdir(parents=True)

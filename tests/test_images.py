@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 import numpy as np
@@ -279,3 +281,42 @@ def test_a_picture_goes_in_and_comes_out_the_same(array: np.ndarray) -> None:
     height, width, _ = array.shape
     (picture,) = images.pixels_to(images.pixels_from(PIL.Image.fromarray(array), height, width), "pil")
     assert np.array_equal(np.asarray(picture), array)
+
+
+# ----------------------------------------------------------------------------------------------- pictures from others
+READERS = {
+    "pixels": lambda given: images.pixels_from(given, 8, 8, name="given"),
+    "masks": lambda given: images.masks_from(given, name="given"),
+    "hints": lambda given: images.hints_from(given, 8, 8, name="given"),
+    "scales": lambda given: images.scales_from(given, 8, 8, name="given"),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_truncated_file_is_an_error_of_the_argument(read: Any) -> None:
+    """Pillow opens it, and finds what is missing when it is asked for the pixels."""
+    file = io.BytesIO()
+    PIL.Image.effect_noise((64, 64), 50).save(file, "PNG")
+    whole = file.getvalue()
+    with pytest.raises(ValueError, match="`given` is a picture that cannot be read"):
+        read(PIL.Image.open(io.BytesIO(whole[: len(whole) // 2])))
+
+
+ODD = {
+    "no axis": np.zeros(()),
+    "objects": np.zeros((4, 4), dtype=object),
+    "texts": np.zeros((4, 4), dtype="U3"),
+    "dates": np.zeros((4, 4), dtype="M8[s]"),
+    "complex numbers": np.zeros((4, 4), dtype=np.complex64),
+    "swapped bytes": np.zeros((4, 4), dtype=">f4" if sys.byteorder == "little" else "<f4"),
+    "no device": torch.zeros(4, 4, device="meta"),
+    "sparse": torch.zeros(4, 4).to_sparse(),
+    "a complex tensor": torch.zeros(4, 4, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("given", ODD.values(), ids=ODD)
+def test_arrays_without_real_numbers_are_refused_by_name(read: Any, given: Any) -> None:
+    with pytest.raises(ValueError, match="`given` h"):
+        read(given)

@@ -310,11 +310,26 @@ def test_what_does_not_fit_is_named(pipes: Any, loras: Any, tmp_path: Path) -> N
         ({"r": 8}, "has rank 2, and its configuration says 8"),
         ({"peft_type": "LOHA"}, "`peft_type` LOHA; accepted is LORA"),
         ({"init_lora_weights": "pissa"}, "a model with other weights"),
+        ({"rank_pattern": {"(a+)+b": 2}}, "accepted are up to 2 repetitions"),
+        ({"target_modules": ".*.*.*x"}, "accepted are up to 2 repetitions"),
+        ({"rank_pattern": 3}, "none that peft takes"),
+        ({"rank_pattern": {"[": 2}}, "none that peft takes"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
         refused(pipe, tmp_path, message)
-    (tmp_path / "adapter_config.json").write_text("{")
-    refused(pipe, tmp_path, "not valid JSON")
+    for text in ("{", "[]", "[" * 100_000):
+        (tmp_path / "adapter_config.json").write_text(text)
+        refused(pipe, tmp_path, "not valid JSON")
+
+
+def test_a_configuration_does_not_say_what_is_imported(pipes: Any, loras: Any, tmp_path: Path) -> None:
+    """As peft does for `megatron_core`, whatever module that names."""
+    write_peft(loras["unet"], tmp_path)
+    path = tmp_path / "adapter_config.json"
+    named = {"megatron_config": {"a": 1}, "megatron_core": "a_module_that_would_be_imported"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    pipes["unet"].load_lora_weights(tmp_path)
+    assert pipes["unet"].get_active_adapters()
 
 
 def test_nothing_is_loaded_where_one_part_does_not_fit(pipes: Any, loras: Any) -> None:

@@ -88,7 +88,7 @@ def generate(
             progress=lambda **options: Bar(bars, **options),
         )
     if report.is_main_process:
-        typer.echo(f"drawn:  {report.drawn} of {report.pictures} pictures, into {output}")
+        typer.echo(f"drawn:  {report.drawn}; {report.there} of {report.pictures} pictures are in {output}")
         if report.manifest is not None:
             typer.echo(f"listed: {report.manifest}")
 

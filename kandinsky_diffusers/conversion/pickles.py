@@ -16,7 +16,7 @@ from typing import IO, Any
 
 Node = list[Any]  # what something consists of: more of these
 
-_MOST_STEPS = 2_000_000  # the largest published files have less than a tenth of it
+_MOST_STEPS = 1_000_000  # the largest published files have less than a fifth of it
 _MOST_OBJECTS = 1_000_000  # with each as often as it is met on the way through all
 _DEEPEST = 64
 

@@ -14,7 +14,7 @@ from .recipe import Inputs, ModelComponent, Release, WeightsComponent
 from .rules import RuleTable
 
 
-_MOST_PARAMETERS = 10_000  # the largest published model has a tenth of it
+_MOST_PARAMETERS = 5_000  # the largest published model has a quarter of it
 _SHOWN = 500  # characters of a configuration, in messages
 
 

@@ -30,12 +30,14 @@ class Report(NamedTuple):
 
     Args:
         drawn: pictures that this process has drawn.
+        there: pictures that are there now.
         pictures: of the run.
         manifest: the file with a line for each picture; None as long as other processes draw.
         is_main_process: whether this is the process that should speak.
     """
 
     drawn: int
+    there: int
     pictures: int
     manifest: Path | None
     is_main_process: bool
@@ -92,9 +94,11 @@ def generate(
             folder.prepare(None if folder.is_mine else _commit_of(settings))
 
     drawn = _draw(folder, process, device, offload, progress)
-    if folder.is_complete and (drawn or not folder.manifest.is_file()):
+    there, pictures = sum(map(folder.has, range(len(run.jobs)))), len(run.jobs)
+    if there == pictures and (drawn or not folder.manifest.is_file()):
         folder.write_manifest()
-    return Report(drawn, len(run.jobs), folder.manifest if folder.is_complete else None, process.is_main_process)
+    manifest = folder.manifest if there == pictures else None
+    return Report(drawn, there, pictures, manifest, process.is_main_process)
 
 
 def _settings_on(device: torch.device, settings: Settings) -> Settings:
@@ -127,6 +131,7 @@ def _draw(
     """Draw what is missing of this process's share, batch by batch; returns the number of new pictures."""
     run = folder.run
     batches = batches_of(run.jobs, run.settings.batch_size)
+    # of all batches, not of those that are missing: each process looks at another moment
     share = batches[process.process_index :: process.num_processes]
     missing = [batch for batch in share if not all(map(folder.has, batch.numbers))]
     if not missing:

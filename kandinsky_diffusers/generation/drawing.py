@@ -16,6 +16,7 @@ from PIL import Image
 from .. import __version__
 from ..k3 import Kandinsky3ControlNetModel
 from ..options import complete_arguments
+from ..pipeline_base import KandinskyPipelineMixin
 from .jobs import FILES, KEYS, OF_PIPELINES, GenerationError, Job, Settings, open_picture
 
 
@@ -109,9 +110,8 @@ class Artist:
         _check_names(self._pipelines, self._jobs, self._settings)
         for kind, pipeline in self._pipelines.items():
             batch = next(batch for batch in batches if batch.kind == kind)
-            plan = getattr(pipeline, "_plan", None) or getattr(pipeline, "_check", dict)  # dict: for one not of ours
             with _naming(batch):
-                plan(complete_arguments(pipeline, self._arguments_for(pipeline, batch)))
+                _checked(pipeline, self._arguments_for(pipeline, batch))
 
     def draw(self, batch: Batch) -> list[tuple[Image.Image, dict[str, Any]]]:
         """The pictures of a batch, each with its parameters.
@@ -129,9 +129,8 @@ class Artist:
         generators = [torch.Generator("cpu").manual_seed(job.seed or 0) for job in jobs]
         arguments = self._arguments_for(pipeline, batch)
         with _naming(batch):
+            used = _checked(pipeline, arguments)
             images = pipeline(**arguments, generator=generators, output_type="pil").images
-        # with what the repository has for arguments that are left out
-        used = getattr(pipeline, "_with_defaults", dict)(complete_arguments(pipeline, arguments))
         return [(image, _record_of(job, self._settings, used)) for image, job in zip(images, jobs, strict=True)]
 
     def _prepared(self, pipeline: Any) -> Any:
@@ -183,6 +182,13 @@ def _for_task(task: str, method: str, source: Any, **options: Any) -> Any:
     except ValueError as error:
         name = source if isinstance(source, str) else type(source).__name__
         raise GenerationError(f"{name} cannot be used for {task}, which a job needs: {error}") from error
+
+
+def _checked(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with all defaults, checked as far as a pipeline that is not ours lets us."""
+    if isinstance(pipeline, KandinskyPipelineMixin):
+        return pipeline.check_call(**arguments)
+    return complete_arguments(pipeline, arguments)
 
 
 def _check_names(pipelines: Mapping[Kind, Any], jobs: Sequence[Job], settings: Settings) -> None:

@@ -103,7 +103,7 @@ class RunFolder:
                 " `overwrite` (--overwrite) it."
             )
         for path in map(self.path.joinpath, self.run.names):
-            if os.path.lexists(path) and read_record(path).get("run") != owner["run"]:
+            if os.path.lexists(path) and not _is_of(owner["run"], path):
                 raise FileExistsError(f"{path} is there already, and this run has not made it; move it away.")
 
     def prepare(self, commit: str | None = None) -> None:
@@ -128,35 +128,31 @@ class RunFolder:
         """Whether picture `number` is there."""
         return os.path.lexists(self.path / self.run.names[number])
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all pictures are there."""
-        return all(map(self.has, range(len(self.run.jobs))))
-
     def save(self, number: int, image: Image.Image, record: Mapping[str, Any]) -> bool:
         """Save picture `number` with its parameters; one that is there already stays. Returns whether it was not."""
         if self.has(number):
             return False
         text, file = PngImagePlugin.PngInfo(), io.BytesIO()
-        text.add_text(PARAMETERS, _as_json({**record, "number": number, "run": self.run.digest}))
+        name = self.run.names[number]
+        text.add_text(PARAMETERS, _as_json({"file": name, **record, "run": self.run.digest}))
         image.save(file, "PNG", pnginfo=text)
-        _write(self.path / self.run.names[number], file.getvalue())
+        _write(self.path / name, file.getvalue())
         return True
 
     def write_manifest(self) -> None:
-        """One line for each picture, made of what it carries, with its file and its SHA-256."""
+        """One line for each picture, made of what it carries, with its SHA-256."""
         lines = [_as_json(self._entry(name)) for name in self.run.names]
         _write(self.manifest, "".join(f"{line}\n" for line in lines).encode())
 
     def _entry(self, name: str) -> dict[str, Any]:
         content = (self.path / name).read_bytes()
-        return {"file": name, "sha256": hashlib.sha256(content).hexdigest(), **read_record(io.BytesIO(content))}
+        return {**read_record(io.BytesIO(content)), "sha256": hashlib.sha256(content).hexdigest()}
 
     def _owner(self) -> dict[str, Any] | None:
         """What `run.json` says, if it is one of ours."""
         with suppress(OSError, ValueError):
             content = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-            if isinstance(content, dict) and "run" in content and "settings" in content:
+            if isinstance(content, dict) and "run" in content and isinstance(content.get("settings"), dict):
                 return content
         return None
 
@@ -166,7 +162,7 @@ class RunFolder:
         return any(not path.name.startswith(TEMPORARY) for path in self.path.iterdir())
 
     def _pictures_of(self, digest: str) -> Iterator[Path]:
-        return (path for path in self.path.glob("*.png") if read_record(path).get("run") == digest)
+        return (path for path in self.path.glob("*.png") if _is_of(digest, path))
 
     def _difference(self, owner: Mapping[str, Any]) -> str:
         before, now = owner["settings"], self.run.settings.record()
@@ -189,6 +185,12 @@ def read_record(picture: str | Path | io.BytesIO) -> dict[str, Any]:
         if isinstance(record, dict):
             return record
     return {}
+
+
+def _is_of(digest: str, path: Path) -> bool:
+    """Whether a file is a picture of a run, and still where the run has put it."""
+    record = read_record(path)
+    return (record.get("run"), record.get("file")) == (digest, path.name)
 
 
 def _as_json(value: Any) -> str:

@@ -57,6 +57,15 @@ def damaged(random: Random, content: bytes, other: bytes = b"") -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------- zip
+def archive_with(content: bytes, data: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    """A file of `torch.save` with another pickle."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(packed, "w", method) as other:
+        for entry in archive.infolist():
+            other.writestr(entry.filename, data if entry.filename.endswith("data.pkl") else archive.read(entry))
+    return packed.getvalue()
+
+
 def torch_archive(random: Random, content: bytes) -> bytes:
     """A file of `torch.save` with another structure, or another pickle."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -115,9 +124,7 @@ def _bomb(random: Random, entries: list[tuple[str, bytes]]) -> None:
 
 
 _ENTRY_CHANGES = (
-    _other_pickle,
-    _other_pickle,
-    _other_pickle,
+    *[_other_pickle] * 8,
     _other_names,
     _doubled_entry,
     _more_entries,

@@ -210,26 +210,22 @@ def _deep(random: Random) -> Any:
     return Raw(pickle.EMPTY_LIST * depth + pickle.APPEND * (depth - 1))
 
 
-def _doubled(random: Random) -> Any:
-    """2^n entries from n steps: by what stands in the memo, twice in the next."""
-    levels = random.choice((5, 20, 60))
-    code = encode("leaf") + pickle.BINPUT + b"\x64"
-    kind = random.randrange(3)
-    for _ in range(levels):
-        again = pickle.BINGET + b"\x64"
-        if kind == 0:
-            code += pickle.POP + again + again + pickle.TUPLE2 + pickle.BINPUT + b"\x64"
-        elif kind == 1:
-            code += (
-                pickle.POP + pickle.EMPTY_LIST + pickle.MARK + again + again + pickle.APPENDS + pickle.BINPUT + b"\x64"
-            )
+def doubled(levels: int, kind: str) -> Raw:
+    """2^levels entries from as many steps: what is in the memo, twice in the next."""
+    code = encode("leaf")
+    for level in range(levels):
+        put, get = (opcode + struct.pack("<I", 1000 + level) for opcode in (pickle.LONG_BINPUT, pickle.LONG_BINGET))
+        if kind == "tuple":
+            code = code + put + get + pickle.TUPLE2
+        elif kind == "list":
+            code = pickle.EMPTY_LIST + pickle.MARK + code + put + get + pickle.APPENDS
         else:
-            pairs = encode("a") + again + encode("b") + again
-            code += pickle.POP + pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS + pickle.BINPUT + b"\x64"
-    # PyTorch knows no POP: there everything stays on the stack, below a mark
-    if random.random() < 0.7:
-        code = pickle.MARK + code.replace(pickle.POP, b"") + pickle.TUPLE
+            code = pickle.EMPTY_DICT + pickle.MARK + encode("a") + code + put + encode("b") + get + pickle.SETITEMS
     return Raw(code)
+
+
+def _doubled(random: Random) -> Any:
+    return doubled(random.choice((5, 20, 60)), random.choice(("tuple", "list", "dict")))
 
 
 def _in_itself(random: Random) -> Any:
@@ -327,3 +323,26 @@ _HOSTILE: tuple[Callable[[Random], Any], ...] = (
     _tensor,
     _tensor,
 )
+
+# what has once brought the library or PyTorch down
+KNOWN: dict[str, bytes] = {
+    "3 GB of zeros": dumps({"a": Call(Name("builtins.bytearray"), (3 * 10**9,))}),
+    "dicts doubled 40 times": dumps({"a": doubled(40, "dict")}),
+    "a dict in itself": dumps(Raw(pickle.EMPTY_DICT + b"q\0" + encode("a") + b"h\0s")),
+    "a dict whose items are a number": dumps(Build(Call(Name("collections.OrderedDict"), ()), {"items": 3})),
+    "a long name before many": dumps({"k" * 10**6: {str(number): 1 for number in range(20_000)}}),
+    "10^12 times one number": dumps({"a": tensor((10**6, 10**6), (0, 0))}),
+    "2^50 numbers on no device": dumps(
+        {
+            "a": Call(
+                Name("torch._utils._rebuild_meta_tensor_no_storage"), (Name("torch.float32"), (2**50,), (1,), False)
+            )
+        }
+    ),
+    "a key of tuples doubled 40 times": dumps(
+        Raw(pickle.EMPTY_DICT + doubled(40, "tuple").code + encode(1) + pickle.SETITEM)
+    ),
+    "a key of 300,000 tuples in each other": dumps(
+        Raw(pickle.EMPTY_DICT + pickle.EMPTY_TUPLE + pickle.TUPLE1 * 300_000 + encode(1) + pickle.SETITEM)
+    ),
+}

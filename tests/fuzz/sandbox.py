@@ -29,7 +29,7 @@ from typing import Any
 
 SECONDS = 10  # of CPU time, for a case
 MEMORY = 1024  # MiB, which a case may take beside what the process has
-ADDRESSES = 8192  # MiB of them, so that a fault does not take the machine's memory
+ADDRESSES = 4096  # MiB of them, so that a fault does not take the machine's memory
 WAIT = 300  # seconds without an answer, where a process does nothing at all
 CANARY = "fuzz_canary"  # a module and a command that hostile input names
 
@@ -84,6 +84,13 @@ class Outcome:
     said: str = ""
     seconds: float = 0.0
     memory: float = 0.0
+
+
+def written(path: Path, content: bytes) -> Path:
+    """A file with this content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def run_cases(cases: Iterable[tuple[Target, int]], folder: Path) -> Iterator[Outcome]:

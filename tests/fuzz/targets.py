@@ -6,19 +6,15 @@ import gzip
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 
-from kandinsky_diffusers import images
-from kandinsky_diffusers.cards import render_card
-from kandinsky_diffusers.connected import find_prior
 from kandinsky_diffusers.conversion import ConversionError, convert, inspect, plan_source
 from kandinsky_diffusers.conversion.files import copy_tokenizer, tokenizer_check
 from kandinsky_diffusers.conversion.planning import plan_model
@@ -26,20 +22,20 @@ from kandinsky_diffusers.conversion.reader import open_weights
 from kandinsky_diffusers.conversion.recipe import Inputs
 from kandinsky_diffusers.conversion.repository import Output, RepoWriter, write_config
 from kandinsky_diffusers.conversion.staging import Staging
-from kandinsky_diffusers.k3.ip_adapter import _read, _sources
 from kandinsky_diffusers.k3.ip_adapter_variants import IMAGE_ENCODER
 from kandinsky_diffusers.k3.variants import RELEASE_31
 from kandinsky_diffusers.k21.variants import CLIP_IMAGE_ENCODER, CLIP_TEXT_ENCODER, MCLIP
-from kandinsky_diffusers.lora_files import find_lora, read_lora
 
+from . import adapters, pictures
 from . import mutations as hostile
-from .sandbox import Target
+from .pickling import KNOWN, dumps
+from .sandbox import Target, written
 
 
 Act = Callable[[], Any]
 
 T5 = next(model for model in RELEASE_31.models if model.class_name == "T5EncoderModel")
-GZIP_BOMB = gzip.compress(bytes(2**27), 9)
+GZIP_BOMB = gzip.compress(bytes(2**27), 1)
 
 # settings that a configuration should not be able to make
 SETTINGS = (
@@ -79,6 +75,14 @@ class Sources:
         tensors = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).half()}
         self.small = _saved(tensors)
         self.legacy = _saved(tensors, _use_new_zipfile_serialization=False)
+        paths = (
+            lora / "pytorch_model.bin",
+            of_21 / "prior_fp16.ckpt",
+            of_21 / "text_encoder" / "pytorch_model.bin",
+            of_31 / "weights" / "movq.pt",
+            ip_adapter / "unet" / "diffusion_pytorch_model.safetensors",
+        )
+        self.shapes = [{key: list(shape) for key, shape in open_weights(path).shapes.items()} for path in paths]
         self.safetensors = (ip_adapter / "image_encoder" / "model.safetensors").read_bytes()
 
 
@@ -104,14 +108,9 @@ def targets(sources: Sources) -> dict[str, Target]:
         Target("tokenizer", partial(_tokenizer, sources), (weights,)),
         Target("conversion", partial(_conversion, sources), (weights,)),
         Target("output", partial(_output, sources), (weights,)),
-        Target("LoRA", partial(_lora, sources), (ValueError, FileNotFoundError)),
-        Target("IP-Adapter", partial(_ip_adapter, sources), (ValueError, OSError)),
-        Target("prior of a card", _card, (ValueError,)),
-        Target("rendered card", _rendered, ()),
-        Target("picture", _picture, (TypeError, ValueError)),
-        Target("array", _array, (TypeError, ValueError)),
     ]
-    return {target.name: target for target in found}
+    others = (*adapters.targets(sources.lora, sources.adapter), *pictures.targets())
+    return {target.name: target for target in (*found, *others)}
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -125,15 +124,25 @@ def _read_all(path: Path) -> None:
             continue
 
 
-def _written(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
 def _zip(sources: Sources, random: Random, case: Path) -> Act:
     content = hostile.torch_archive(random, sources.small)
-    return partial(_read_all, _written(case / "in" / random.choice(("a.ckpt", "a.pt", "a.bin")), content))
+    return partial(_read_all, written(case / "in" / random.choice(("a.ckpt", "a.pt", "a.bin")), content))
+
+
+def known_files(sources: Sources) -> dict[str, bytes]:
+    """What has once brought the library or PyTorch down, as files of `torch.save`."""
+    files = {name: hostile.archive_with(sources.small, pickle) for name, pickle in KNOWN.items()}
+    padded = dumps({"a": 1}) + bytes(2**27)
+    return files | {"128 MiB in 128 KiB": hostile.archive_with(sources.small, padded, zipfile.ZIP_DEFLATED)}
+
+
+def known_target(content: bytes) -> Target:
+    """Reads one of these."""
+
+    def make(random: Random, case: Path) -> Act:
+        return partial(_read_all, written(case / "in" / "a.ckpt", content))
+
+    return Target("known file", make, (ConversionError,))
 
 
 def _legacy(sources: Sources, random: Random, case: Path) -> Act:
@@ -150,7 +159,7 @@ def _legacy(sources: Sources, random: Random, case: Path) -> Act:
             content = hostile.damaged(random, content, sources.small)
         case 3:
             content = hostile.hostile_pickle(random, content) + content
-    return partial(_read_all, _written(case / "in" / "a.pt", content))
+    return partial(_read_all, written(case / "in" / "a.pt", content))
 
 
 def _damaged(sources: Sources, random: Random, case: Path) -> Act:
@@ -161,19 +170,19 @@ def _damaged(sources: Sources, random: Random, case: Path) -> Act:
     )
     path = random.choice(paths)
     content = hostile.damaged(random, path.read_bytes(), sources.safetensors)
-    return partial(_read_all, _written(case / "in" / path.name, content))
+    return partial(_read_all, written(case / "in" / path.name, content))
 
 
 def _safetensors(sources: Sources, random: Random, case: Path) -> Act:
     return partial(
-        _read_all, _written(case / "in" / "model.safetensors", hostile.safetensors(random, sources.safetensors))
+        _read_all, written(case / "in" / "model.safetensors", hostile.safetensors(random, sources.safetensors))
     )
 
 
 def _index(sources: Sources, random: Random, case: Path) -> Act:
     folder = case / "in"
-    _written(folder / "one.safetensors", sources.safetensors)
-    _written(case / "outside" / "x.safetensors", sources.safetensors)
+    written(folder / "one.safetensors", sources.safetensors)
+    written(case / "outside" / "x.safetensors", sources.safetensors)
     (folder / "link.safetensors").symlink_to("one.safetensors")
     (folder / "loop.safetensors").symlink_to("loop.safetensors")
     keys = list(open_weights(folder / "one.safetensors").shapes)
@@ -202,22 +211,13 @@ def _inventory(random: Random, case: Path) -> Act:
     if random.random() < 0.4:
         content = random.choice((gzip.compress(content), GZIP_BOMB))
         content = hostile.damaged(random, content) if random.random() < 0.5 else content
-        return partial(plan_source, _written(case / "in" / "a.json.gz", content))
-    return partial(plan_source, _written(case / "in" / "a.json", content))
+        return partial(plan_source, written(case / "in" / "a.json.gz", content))
+    return partial(plan_source, written(case / "in" / "a.json", content))
 
 
 def _shapes(sources: Sources, random: Random, case: Path) -> Act:
     """Other shapes, names and numbers of layers, in inventories: rules and models are made for these."""
-    path = random.choice(
-        (
-            sources.lora / "pytorch_model.bin",
-            sources.of_21 / "prior_fp16.ckpt",
-            sources.of_21 / "text_encoder" / "pytorch_model.bin",
-            sources.of_31 / "weights" / "movq.pt",
-            sources.ip_adapter / "unet" / "diffusion_pytorch_model.safetensors",
-        )
-    )
-    shapes = {key: list(shape) for key, shape in open_weights(path).shapes.items()}
+    shapes = dict(random.choice(sources.shapes))
     keys = list(shapes)
     for key in random.sample(keys, random.choice((1, 1, 3))):
         match random.randrange(5):
@@ -234,7 +234,7 @@ def _shapes(sources: Sources, random: Random, case: Path) -> Act:
                 parts = key.split(".")
                 copies = random.choice((3, 300, 5000))
                 shapes |= {".".join((*parts[:1], str(n), *parts[2:])): shapes[key] for n in range(copies)}
-    return partial(plan_source, _written(case / "in" / "a.json", json.dumps({"tensors": shapes}).encode()))
+    return partial(plan_source, written(case / "in" / "a.json", json.dumps({"tensors": shapes}).encode()))
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -248,7 +248,7 @@ def _linked(source: Path, target: Path) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)
         else:
-            _written(place, path.read_bytes())
+            written(place, path.read_bytes())
     return target
 
 
@@ -284,7 +284,7 @@ def _configuration(sources: Sources, random: Random, case: Path) -> Act:
 
 def _original(sources: Sources, random: Random, case: Path) -> Act:
     content = hostile.json_text(random, hostile.changed(random, hostile.changed(random, sources.settings)))
-    config = _written(case / "in" / "config.json", content)
+    config = written(case / "in" / "config.json", content)
     path = sources.of_21 / random.choice(("prior_fp16.ckpt", "prior_fp16.ckpt", "decoder_fp16.ckpt"))
     return partial(plan_source, path, original_config=config)
 
@@ -329,7 +329,7 @@ def _conversion(sources: Sources, random: Random, case: Path) -> Act:
         content = random.choice((hostile.damaged, hostile.torch_archive))(random, content)
         return partial(
             convert,
-            _written(release / "pytorch_model.bin", content).parent,
+            written(release / "pytorch_model.bin", content).parent,
             out,
             version="3-lora",
             verify=random.random() < 0.3,
@@ -348,7 +348,7 @@ def _output(sources: Sources, random: Random, case: Path) -> Act:
     """A good release, and an output folder with links and remains that lead out of it."""
     out, outside = case / "out", case / "outside"
     (outside / "kandinsky-3-lora").mkdir()
-    _written(outside / "replaced" / "kandinsky-3-lora" / "keep.txt", b"keep me")
+    written(outside / "replaced" / "kandinsky-3-lora" / "keep.txt", b"keep me")
     out.mkdir()
     for name in random.sample(("kandinsky-3-lora", ".kandinsky-diffusers-a", ".kandinsky-diffusers-b", "other"), 2):
         match random.randrange(5):
@@ -369,200 +369,3 @@ def _output(sources: Sources, random: Random, case: Path) -> Act:
         (sources.lora, sources.lora, case / "in" / "../../outside", Path("../x"), Path("../../x/y"))
     )
     return partial(convert, source, out, version="3-lora", overwrite=random.random() < 0.7)
-
-
-# ------------------------------------------------------------------------------------------------------------ adapters
-def _lora(sources: Sources, random: Random, case: Path) -> Act:
-    folder = case / "in"
-    if random.random() < 0.5:
-        content = (sources.lora / "pytorch_model.bin").read_bytes()
-        _written(
-            folder / "pytorch_model.bin", random.choice((hostile.damaged, hostile.torch_archive))(random, content)
-        )
-    else:
-        header = {
-            "base_model.model.down_blocks.0.attentions.0.to_q.lora_A.weight": {
-                "dtype": "F32",
-                "shape": [2, 4],
-                "data_offsets": [0, 32],
-            },
-            "base_model.model.down_blocks.0.attentions.0.to_q.lora_B.weight": {
-                "dtype": "F32",
-                "shape": [4, 2],
-                "data_offsets": [32, 64],
-            },
-            "__metadata__": {
-                "lora_adapter_metadata": hostile.json_text(random, {"unet.r": 4}).decode(errors="replace")
-            },
-        }
-        if random.random() < 0.5:
-            del header["__metadata__"]
-            _written(folder / "adapter_config.json", hostile.json_text(random, hostile.json_value(random)))
-        text = json.dumps(header).encode()
-        content = len(text).to_bytes(8, "little") + text + bytes(64)
-        _written(
-            folder / "adapter_model.safetensors",
-            content if random.random() < 0.6 else hostile.safetensors(random, content),
-        )
-    return lambda: read_lora(find_lora(folder))
-
-
-def _ip_adapter(sources: Sources, random: Random, case: Path) -> Act:
-    path = case / "in" / "ip_adapter.safetensors"
-    content = (sources.adapter / "ip_adapter.safetensors").read_bytes()
-    path.write_bytes(hostile.safetensors(random, content))
-    names = ("ip_adapter.safetensors", "../x.safetensors", "missing.safetensors", "x.bin", "../../outside/keep.txt")
-    (adapter,) = _sources(path.parent, None, random.choice((names[0], names[0], names[0], *names)))
-    return partial(_read, adapter)
-
-
-# --------------------------------------------------------------------------------------------------------------- cards
-def _card(random: Random, case: Path) -> Act:
-    return partial(find_prior, _written(case / "in" / "decoder" / "README.md", hostile.front_matter(random)).parent)
-
-
-def _rendered(random: Random, case: Path) -> Act:
-    """The card of a conversion whose files and tensors have odd names."""
-    texts = (
-        *hostile.PATHS,
-        "---\nprior: evil/prior\n---",
-        "{{ 7 * 7 }}",
-        "{% include '/etc/passwd' %}",
-        "<script>",
-        "`x`",
-        "\ud800",
-    )
-    text = partial(random.choice, texts)
-    record = {"file": text(), "folder": text(), "bytes": 3, "sha256": text()}
-    model = {"class": text(), "sources": [text()], "tensors": 1, "parameters": 1, "dropped": {text(): text()}}
-    facts = {
-        "converter": "kandinsky_diffusers",
-        "converter_version": text(),
-        "diffusers_version": text(),
-        "version": "2.1",
-        "repository": "kandinsky-2-1",
-        "options": {"dtype": "auto", "variant": random.choice((None, "fp16")), "layout": "split"},
-        "sources": {text(): record},
-        "components": {text(): model},
-        "verification": random.choice((None, {"bit_identical_tensors": {text(): 3}, "loaded_and_run": text()})),
-    }
-
-    def act() -> None:
-        card = render_card("kandinsky-2-1", facts)
-        front_matter = card.split("\n---\n")[0]
-        if "evil" in front_matter or "root:" in card or "\n49" in front_matter:
-            raise AssertionError("the names of a file have become front matter, or a template")
-
-    return act
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-def _checks(random: Random, given: Any) -> Act:
-    height, width = random.choice(((8, 8), (16, 8), (1, 1)))
-    return random.choice(
-        (
-            lambda: images.pixels_from(given, height, width),
-            lambda: images.masks_from(given),
-            lambda: images.masks_from(given, (height, width)),
-            lambda: images.shares_from(given),
-            lambda: images.hints_from(given, height, width),
-            lambda: images.hints_from(given, height, width, channels=1),
-            lambda: images.hint_size(given),
-            lambda: images.scales_from(given, height, width, "scale"),
-            lambda: images.size_of(given),
-        )
-    )
-
-
-def _picture(random: Random, case: Path) -> Act:
-    """A picture from a file that is damaged, or of a rare kind."""
-    modes = (
-        "RGB",
-        "L",
-        "1",
-        "P",
-        "RGBA",
-        "LA",
-        "CMYK",
-        "YCbCr",
-        "LAB",
-        "HSV",
-        "I",
-        "F",
-        "I;16",
-        "PA",
-        "RGBa",
-        "La",
-        "RGBX",
-    )
-    mode = random.choice(modes)
-    size = random.choice(((8, 8), (5, 9), (1, 1), (1, 500), (0, 0), (0, 5), (300, 200)))
-    picture = PIL.Image.new(mode, size)
-    file = io.BytesIO()
-    if random.random() < 0.6:
-        format = random.choice(("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000"))
-        try:
-            picture.convert("RGB").save(
-                file, format, **({"exif": b"Exif\0\0" + bytes(40)} if format == "JPEG" else {})
-            )
-            content = hostile.damaged(random, file.getvalue())
-            picture = PIL.Image.open(_written(case / "in" / "a", content))
-        except Exception:  # noqa: BLE001 (what Pillow does not open or write does not get to the library)
-            picture = PIL.Image.new(mode, size)
-    given = random.choice((picture, [picture], [picture, PIL.Image.new("RGB", (4, 4))]))
-    return _checks(random, given)
-
-
-def _array(random: Random, case: Path) -> Act:
-    shape = tuple(random.choice((0, 1, 2, 3, 4, 8)) for _ in range(random.choice((0, 1, 2, 3, 3, 4, 4, 5))))
-    dtypes = (
-        "f4",
-        "f8",
-        "f2",
-        "u1",
-        "i8",
-        "u2",
-        "u4",
-        "u8",
-        "?",
-        "c8",
-        "O",
-        "U3",
-        ">f4",
-        ">i4",
-        "M8[s]",
-        "S2",
-        "i4,f4",
-        "g",
-    )
-    array = np.zeros(shape, np.dtype(random.choice(dtypes)))
-    if array.dtype.kind == "f" and array.size:
-        array.flat[0] = random.choice((0.5, 1.0, 2.0, 256.0, -1.0, -2.0, np.nan, np.inf, -np.inf, 1e38))
-    given: Any = array
-    if random.random() < 0.4:
-        kinds = (
-            torch.float32,
-            torch.bfloat16,
-            torch.uint8,
-            torch.bool,
-            torch.complex64,
-            torch.float8_e4m3fn,
-            torch.uint16,
-        )
-        given = torch.zeros(shape, dtype=random.choice(kinds), device=random.choice(("cpu", "cpu", "meta")))
-        if random.random() < 0.15 and given.dtype == torch.float32 and given.device.type == "cpu":
-            given = random.choice((given.to_sparse(), torch.quantize_per_tensor(given, 0.1, 0, torch.quint8)))
-    others = (None, "a", 3, [], (), [None], {}, [[array]], b"x", [array, "a"], object(), float("nan"), 10**400, True)
-    given = random.choice(
-        (
-            given,
-            given,
-            given,
-            given,
-            [given],
-            [given, given],
-            array[::-1] if array.ndim else array,
-            random.choice(others),
-        )
-    )
-    return _checks(random, given)

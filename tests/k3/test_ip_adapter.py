@@ -69,6 +69,14 @@ def draw(pipe: Any, prompt: Any = "a fox", seeds: Any = (0,), **given: Any) -> t
 
 
 # ------------------------------------------------------------------------------------------------ coming and going
+def test_a_damaged_file_and_one_that_is_not_there_are_told_apart(bare: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ip_adapter\.safetensors"):
+        bare.load_ip_adapter(tmp_path)
+    (tmp_path / "ip_adapter.safetensors").write_bytes(b"\x10" + bytes(30))
+    with pytest.raises(ValueError, match="damaged"):
+        bare.load_ip_adapter(tmp_path)
+
+
 def test_loading_and_unloading_leaves_no_trace(bare: Any, ip_adapter: Path, pictures: Any) -> None:
     def facts() -> tuple[Any, ...]:
         unet = bare.unet

@@ -1,7 +1,7 @@
 """Code blocks of Markdown files, and a small world in which they run as they are.
 
 In that world the names that the documents use (Hub ids, `repos/...`, `cat.png`) are tiny repositories and pictures in
-the working directory, large sizes are small, and a loop takes one step. What has no such name cannot be loaded, so
+the working directory, large sizes are small, and loops are short. What has no such name cannot be loaded, so
 that a block either runs or fails.
 """
 
@@ -99,18 +99,19 @@ def run_shell(line: str, extra: Mapping[str, tuple[str, ...]]) -> Any:
 
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
-    """Let pipelines take one step, and stay where they are, for there is no accelerator."""
+    """Let pipelines take few steps, and stay where they are, for there is no accelerator."""
     patch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda pipe: None)
     combined_or_alone = {cls for family in registry.FAMILIES.values() for pair in family.values() for cls in pair}
     for cls in (*combined_or_alone, *registry.OTHER_PIPELINES):
         if cls is not None and "__call__" in vars(cls):
-            patch.setattr(cls, "__call__", _in_one_step(vars(cls)["__call__"]))
+            patch.setattr(cls, "__call__", _in_few_steps(vars(cls)["__call__"]))
 
 
-def _in_one_step(call: Any) -> Any:
+def _in_few_steps(call: Any) -> Any:
     known = inspect.signature(call).parameters
     sizes = {name: 64 for name in ("height", "width") if name in known}
-    steps = {name: 1 for name in ("num_inference_steps", "prior_num_inference_steps") if name in known}
+    steps = {"num_inference_steps": 1 if sizes else 2, "prior_num_inference_steps": 2}  # a prior needs two
+    steps = {name: number for name, number in steps.items() if name in known}
 
     @functools.wraps(call)
     def quick(pipe: Any, *args: Any, **kwargs: Any) -> Any:
