@@ -6,15 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kandinsky_diffusers.conversion import convert
 from kandinsky_diffusers.conversion.releases import releases
 from kandinsky_diffusers.conversion.stub import write_stubs
-from tests.conftest import Built
 from tests.support.fake_hub import FakeHub
-from tests.support.goldens import GoldenFamily
 from tests.support.processes import PythonProcess
 
 
@@ -60,18 +59,17 @@ OURS = {
 
 @pytest.fixture(scope="module")
 def repos(
-    release_21: Path, goldens_21: GoldenFamily, release_31: Path, goldens_31: GoldenFamily, built: Built
+    prior_release: Path, config_21: Path, converted_21: Path, converted_31: Path, tmp_path_factory: Any
 ) -> dict[str, Path]:
-    """Converted repositories with the stub, by name. Read only."""
-
-    def convert_both(folder: Path) -> None:
-        text_to_image = shutil.ignore_patterns("kandinsky3_*.pt", "projection_*.pt")
-        shutil.copytree(release_31, folder / "release", ignore=text_to_image, copy_function=os.link)
-        for source, goldens in ((release_21, goldens_21), (folder / "release", goldens_31)):
-            config, clip = goldens.path / "hyperparameters.json", release_21 / "clip"
-            convert(source, folder, original_config=config, clip=clip, trust_remote_code_stub=True)
-
-    folder = built("repos-with-stub", convert_both)
+    """Repositories with the stub, by name; the prior's is as it was converted, the others got it later. Read only."""
+    folder = tmp_path_factory.mktemp("stubs")
+    clip = prior_release / "clip"
+    convert(prior_release, folder, original_config=config_21, clip=clip, trust_remote_code_stub=True)
+    for place in (converted_21 / "kandinsky-2-1", converted_31 / "kandinsky-3-1"):
+        repo = shutil.copytree(place, folder / place.name, copy_function=os.link)
+        index = json.loads((repo / "model_index.json").read_text())
+        components = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+        write_stubs(repo, repo.name, index["_class_name"], components)
     return {name: folder / name for name in OURS}
 
 
@@ -114,20 +112,17 @@ def test_with_an_import_of_ours_auto_pipeline_needs_no_trust(
 
 
 def test_the_index_goes_on_naming_the_class_as_a_string(repos: dict[str, Path], converted_21: Path) -> None:
-    for name in ("kandinsky-2-1", "kandinsky-2-1-prior"):
-        index = json.loads((repos[name] / "model_index.json").read_text())
-        assert index == json.loads((converted_21 / name / "model_index.json").read_text())
-        assert isinstance(index["_class_name"], str)
+    name = "kandinsky-2-1-prior"
+    index = json.loads((repos[name] / "model_index.json").read_text())
+    assert index == json.loads((converted_21 / name / "model_index.json").read_text())
+    assert index["_class_name"] == "KandinskyPriorPipeline"
 
 
-def test_the_card_says_it_where_there_is_a_stub(repos: dict[str, Path], converted_21: Path) -> None:
-    call = "custom_pipeline=repo"
-    for name, place in repos.items():
-        assert call in (place / "README.md").read_text()
-        assert (place / "pipeline.py").is_file()
-        assert json.loads((place / "conversion.json").read_text())["options"]["stub"]
-        assert ("**prior(prompt)" in (place / "README.md").read_text()) == (name == "kandinsky-2-1")
-    assert call not in (converted_21 / "kandinsky-2-1" / "README.md").read_text()
+def test_card_and_record_say_it_where_there_is_a_stub(repos: dict[str, Path], converted_21: Path) -> None:
+    call, name = "custom_pipeline=repo", "kandinsky-2-1-prior"
+    assert call in (repos[name] / "README.md").read_text()
+    assert json.loads((repos[name] / "conversion.json").read_text())["options"]["stub"]
+    assert call not in (converted_21 / name / "README.md").read_text()
     assert not list(converted_21.rglob("*.py"))
 
 
