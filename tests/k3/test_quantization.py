@@ -18,7 +18,8 @@ from tests.k3.test_stock import fresh_unet
 
 CONFIGS: dict[str, Any] = {
     "8 bit": BitsAndBytesConfig(load_in_8bit=True),
-    "4 bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+    # nf4: older bitsandbytes have no other 4 bits on the CPU
+    "4 bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
 }
 
 
