@@ -302,7 +302,7 @@ def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
     assert "picture 2: `strength` of 0.1 leaves none of 2 steps" in too_weak.stderr
     assert not list(alone.glob("*.png"))
 
-    result = run(converted_21 / "kandinsky-2-1", alone, *common)
+    result = run(converted_21 / "kandinsky-2-1", alone, *common, "--offload", "model")
     assert result.exit_code == 0, result.output
     names = [
         "00000-a-red-cat-42.png",
@@ -378,11 +378,15 @@ def test_a_depth_map_is_for_the_pipelines_that_take_one(built: Built, pictures: 
     repo = built("generation-depth", write_depth_repo)
     given = ("--size", "64x64", "--steps", 2, "--set", "prior_num_inference_steps=2", "--guidance-scale", 1)
 
-    drawn = run(repo, tmp_path / "out", "a cat", "a dog", "--hint", pictures / "mask.png", *given)
+    drawn = run(repo, tmp_path / "out", "a cat", "a dog", "--hint", pictures / "mask.png", "--batch-size", 2, *given)
     missing = run(repo, tmp_path / "other", "a cat", "--strength", 0.3, "--set", "stregnth=1", *given)
 
     assert drawn.exit_code == 0, drawn.output
-    assert [line["settings"]["guidance_scale"] for line in manifest(tmp_path / "out")] == [1.0, 1.0]
+    cat, dog = manifest(tmp_path / "out")
+    assert cat["settings"]["guidance_scale"] == dog["settings"]["guidance_scale"] == 1.0
+    generate([Job(**dog["job"])], Settings(**dog["settings"]), tmp_path / "dog alone")
+    together, alone = tmp_path / "out" / dog["file"], next((tmp_path / "dog alone").glob("*.png"))
+    assert np.abs(np.array(Image.open(together), np.int16) - np.array(Image.open(alone), np.int16)).max() <= 1
     assert missing.exit_code == 1
     for problem in ("`hint` is missing", "`strength` is given", "`stregnth` is given"):
         assert problem in missing.stderr
