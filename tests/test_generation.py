@@ -374,6 +374,19 @@ def test_a_record_makes_the_picture_again(
     assert [line["job"]["size"] for line in manifest(tmp_path / "out")] == ["64x64", "64x48"]  # the pipelines' own
 
 
+def test_what_a_pipeline_does_not_take_is_refused(converted_superres: Path, pictures: Path, tmp_path: Path) -> None:
+    repo, output = converted_superres / "kandisuperres-x2", tmp_path / "out"
+    given = ("--image", pictures / "cat.png", "--size", "8x8", "--guidance-scale", 3)
+
+    result = run(repo, output, "a cat", *given)
+
+    assert result.exit_code == 1
+    for name in ("guidance_scale", "prompt", "size"):
+        assert f"`{name}` is given, and is none of the arguments of KandiSuperResPipeline" in result.stderr
+    assert not list(output.glob("*.png"))
+    assert run(repo, output, "--image", pictures / "cat.png").exit_code == 0  # nothing of the other run is in the way
+
+
 def test_a_depth_map_is_for_the_pipelines_that_take_one(built: Built, pictures: Path, tmp_path: Path) -> None:
     repo = built("generation-depth", write_depth_repo)
     given = ("--size", "64x64", "--steps", 2, "--set", "prior_num_inference_steps=2", "--guidance-scale", 1)
