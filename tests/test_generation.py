@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from kandinsky_diffusers import KandinskyV22ControlnetCombinedPipeline
@@ -183,10 +183,13 @@ def test_batches_hold_every_job_once_whoever_draws_them(jobs: list[Job], size: i
 
 
 def test_pictures_whose_inputs_decide_on_their_size_share_a_batch_only_with_their_like(pictures: Path) -> None:
-    Image.new("RGB", (32, 32)).save(pictures / "small.png")
-    cat, small = (Job("a", image=str(pictures / name)) for name in ("cat.png", "small.png"))
+    on_its_side = Image.Exif()
+    on_its_side[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", SIZE).save(pictures / "turned.jpeg", exif=on_its_side)
+    cat, turned = (Job("a", image=str(pictures / name)) for name in ("cat.png", "turned.jpeg"))
 
-    assert [batch.numbers for batch in batches_of([cat, small, cat, small], 4)] == [[0, 2], [1, 3]]
+    assert turned.inputs["image"].size == SIZE[::-1]
+    assert [batch.numbers for batch in batches_of([cat, turned, cat, turned], 4)] == [[0, 2], [1, 3]]
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
