@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from kandinsky_diffusers import KandinskyV22ControlnetCombinedPipeline
@@ -183,10 +183,13 @@ def test_batches_hold_every_job_once_whoever_draws_them(jobs: list[Job], size: i
 
 
 def test_pictures_whose_inputs_decide_on_their_size_share_a_batch_only_with_their_like(pictures: Path) -> None:
-    Image.new("RGB", (32, 32)).save(pictures / "small.png")
-    cat, small = (Job("a", image=str(pictures / name)) for name in ("cat.png", "small.png"))
+    on_its_side = Image.Exif()
+    on_its_side[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", SIZE).save(pictures / "turned.jpeg", exif=on_its_side)
+    cat, turned = (Job("a", image=str(pictures / name)) for name in ("cat.png", "turned.jpeg"))
 
-    assert [batch.numbers for batch in batches_of([cat, small, cat, small], 4)] == [[0, 2], [1, 3]]
+    assert turned.inputs["image"].size == SIZE[::-1]
+    assert [batch.numbers for batch in batches_of([cat, turned, cat, turned], 4)] == [[0, 2], [1, 3]]
 
 
 # ------------------------------------------------------------------------------------------------------- the folder
@@ -302,7 +305,7 @@ def test_pictures_are_the_same_with_any_number_of_processes_and_after_a_kill(
     assert "picture 2: `strength` of 0.1 leaves none of 2 steps" in too_weak.stderr
     assert not list(alone.glob("*.png"))
 
-    result = run(converted_21 / "kandinsky-2-1", alone, *common)
+    result = run(converted_21 / "kandinsky-2-1", alone, *common, "--offload", "model")
     assert result.exit_code == 0, result.output
     names = [
         "00000-a-red-cat-42.png",
@@ -374,15 +377,32 @@ def test_a_record_makes_the_picture_again(
     assert [line["job"]["size"] for line in manifest(tmp_path / "out")] == ["64x64", "64x48"]  # the pipelines' own
 
 
+def test_what_a_pipeline_does_not_take_is_refused(converted_superres: Path, pictures: Path, tmp_path: Path) -> None:
+    repo, output = converted_superres / "kandisuperres-x2", tmp_path / "out"
+    given = ("--image", pictures / "cat.png", "--size", "8x8", "--guidance-scale", 3)
+
+    result = run(repo, output, "a cat", *given)
+
+    assert result.exit_code == 1
+    for name in ("guidance_scale", "prompt", "size"):
+        assert f"`{name}` is given, and is none of the arguments of KandiSuperResPipeline" in result.stderr
+    assert not list(output.glob("*.png"))
+    assert run(repo, output, "--image", pictures / "cat.png").exit_code == 0  # nothing of the other run is in the way
+
+
 def test_a_depth_map_is_for_the_pipelines_that_take_one(built: Built, pictures: Path, tmp_path: Path) -> None:
     repo = built("generation-depth", write_depth_repo)
     given = ("--size", "64x64", "--steps", 2, "--set", "prior_num_inference_steps=2", "--guidance-scale", 1)
 
-    drawn = run(repo, tmp_path / "out", "a cat", "a dog", "--hint", pictures / "mask.png", *given)
+    drawn = run(repo, tmp_path / "out", "a cat", "a dog", "--hint", pictures / "mask.png", "--batch-size", 2, *given)
     missing = run(repo, tmp_path / "other", "a cat", "--strength", 0.3, "--set", "stregnth=1", *given)
 
     assert drawn.exit_code == 0, drawn.output
-    assert [line["settings"]["guidance_scale"] for line in manifest(tmp_path / "out")] == [1.0, 1.0]
+    cat, dog = manifest(tmp_path / "out")
+    assert cat["settings"]["guidance_scale"] == dog["settings"]["guidance_scale"] == 1.0
+    generate([Job(**dog["job"])], Settings(**dog["settings"]), tmp_path / "dog alone")
+    together, alone = tmp_path / "out" / dog["file"], next((tmp_path / "dog alone").glob("*.png"))
+    assert np.abs(np.array(Image.open(together), np.int16) - np.array(Image.open(alone), np.int16)).max() <= 1
     assert missing.exit_code == 1
     for problem in ("`hint` is missing", "`strength` is given", "`stregnth` is given"):
         assert problem in missing.stderr

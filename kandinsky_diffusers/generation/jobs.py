@@ -212,7 +212,7 @@ def numbered(jobs: Sequence[Job], seed: int = 0, images_per_prompt: int = 1) -> 
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """A picture, upright where its file says that it lies on its side; read when its pixels are first needed."""
+    """A picture, read to its end, and upright where its file says that it lies on its side."""
     image = Image.open(path)
     ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -231,7 +231,6 @@ def described(path: str) -> Input:
 @cache
 def _described(path: str, *as_it_is: int) -> Input:
     with open_picture(path) as image:
-        image.load()
         return Input(image.size, hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 

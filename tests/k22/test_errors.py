@@ -105,6 +105,7 @@ def test_of_combined_pipelines(refused: Refused, changed: dict[str, Any], named:
         ({"mask_image": None}, "`mask_image`"),
         ({"mask_image": np.zeros((4, 8, 8, 3))}, "`mask_image`"),
         ({"strength": 1.5}, "`strength`"),
+        ({"strength": 0.01}, "`strength`"),
         ({"padding_mask_crop": -1}, "`padding_mask_crop`"),
         ({"padding_mask_crop": 8, "mask_image": np.ones((64, 64))}, "`padding_mask_crop`"),
         ({"padding_mask_crop": 8, "mask_image": PIL.Image.new("L", (64, 64))}, "`mask_image`"),
@@ -171,3 +172,14 @@ def test_of_mixing(make: Any, monkeypatch: pytest.MonkeyPatch, items: Any, weigh
         pipe.mix(items, weights)
     with pytest.raises((ValueError, TypeError), match="`height`"):
         pipe.mix(["a cat"], [1.0], height=0)
+
+
+def test_a_call_can_be_checked_without_being_made(make: Any, inputs: Any) -> None:
+    pipe = make(kandinsky_diffusers.KandinskyV22InpaintCombinedPipeline)
+    arguments = inputs("KandinskyV22InpaintCombinedPipeline")
+
+    assert pipe.check_call(**arguments)["guidance_scale"] == 4.0
+    with pytest.raises(ValueError, match="`strength`"):
+        pipe.check_call(**arguments | {"strength": 0.01})
+    with pytest.raises(TypeError, match="stregnth"):
+        pipe.check_call(**arguments, stregnth=1.0)
