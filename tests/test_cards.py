@@ -313,3 +313,9 @@ def test_with_a_controlnet_the_example_gives_it_edges(tmp_path: Path) -> None:
         card = pipeline_card(pipeline, "me/mine")
         assert "image=edges" in card.text
         assert "controlnet" in (card.data.tags or ())
+
+
+def test_the_scale_tells_the_cards_of_super_resolution_apart() -> None:
+    pipeline = pipeline_like("KandiSuperResPipeline", 6, "DPMSolverMultistepScheduler")
+    pipeline.config["scale"] = 2
+    assert "# KandiSuperRes x2\n" in pipeline_card(pipeline, "me/mine").text

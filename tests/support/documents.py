@@ -115,7 +115,6 @@ def _in_few_steps(call: Any) -> Any:
 
     @functools.wraps(call)
     def quick(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        is_flash = "Flash" in type(pipe.scheduler).__name__  # has four steps, and no others
-        return call(pipe, *args, **{**sizes, **kwargs, **({} if is_flash else steps)})
+        return call(pipe, *args, **{**sizes, **kwargs, **steps})
 
     return quick
