@@ -15,7 +15,7 @@ help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
-	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17 is one alone), figures into fuzz.json"
+	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17: one alone), figures into build/fuzz.json"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
@@ -55,7 +55,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 fuzz: $(INSTALLED)
-	KANDINSKY_FUZZ=$(INPUTS) KANDINSKY_FUZZ_CASE=$(CASE) KANDINSKY_FUZZ_REPORT=$(abspath fuzz.json) \
+	@mkdir -p build
+	KANDINSKY_FUZZ=$(INPUTS) KANDINSKY_FUZZ_CASE="$(CASE)" KANDINSKY_FUZZ_REPORT=build/fuzz.json \
 		$(BIN)/python -m pytest -m fuzz --numprocesses=0 tests/fuzz $(ARGS)
 
 upstream-tests: $(INSTALLED_UPSTREAM)
