@@ -70,6 +70,16 @@ class Crop:
         box = VaeImageProcessor.get_crop_region(mask_image, width, height, pad=padding)
         return cls(image, mask_image, box)
 
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """Height and width of the whole picture."""
+        return self.image.height, self.image.width
+
+    def cut_out(self, rows: torch.Tensor) -> torch.Tensor:
+        """What of `[..., height, width]`, of the size of the whole picture, lies in the box."""
+        left, top, right, bottom = self.box
+        return rows[..., top:bottom, left:right]
+
     def paste(self, painted: PIL.Image.Image) -> PIL.Image.Image:
         """The whole picture with the repainted part put in; everything outside the mask is left as it was."""
         return VaeImageProcessor().apply_overlay(self.mask_image, self.image, painted, self.box)

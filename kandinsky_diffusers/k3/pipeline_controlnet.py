@@ -250,12 +250,10 @@ class Kandinsky3ControlNetInpaintPipeline(Kandinsky3InpaintPipeline, Kandinsky3C
         crop = call.source.crop
         if crop is None:
             return call
-        whole = crop.image.height, crop.image.width
-        left, top, right, bottom = crop.box
-        hint = self._hint(arguments["control_image"], whole, "control_image")[..., top:bottom, left:right]
-        scale = scales_from(arguments[SCALE], *whole, name=SCALE)
-        if scale.shape[-2:] == whole:
-            scale = scales_from(scale[..., top:bottom, left:right], *call.batch.size, name=SCALE)
+        hint = crop.cut_out(self._hint(arguments["control_image"], crop.whole_size, "control_image"))
+        scale = scales_from(arguments[SCALE], *crop.whole_size, name=SCALE)
+        if scale.shape[-2:] == crop.whole_size:
+            scale = scales_from(crop.cut_out(scale), *call.batch.size, name=SCALE)
         hint = F.interpolate(hint, call.batch.size, mode="bilinear", antialias=True)
         return replace(call, hint=hint, arguments={**call.arguments, SCALE: scale})
 

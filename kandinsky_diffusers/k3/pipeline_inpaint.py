@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -31,6 +32,12 @@ class Kandinsky3InpaintPipeline(InpaintMixin, Kandinsky3Pipeline):
     A UNet with 9 input channels is shown what is known of the picture; for one with 4 the known region is put back,
     noised as far as the rest, after each step.
     """
+
+    def _check(self, arguments: Mapping[str, Any]) -> Call:
+        """With `padding_mask_crop` the masks of `regions` are those of the whole picture, and cropped."""
+        call = super()._check(arguments)
+        crop = call.source.crop
+        return call if crop is None else replace(call, regions=[region.inside(crop) for region in call.regions])
 
     def _default_size(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """(`resize_image_for_diffusion` in kandinsky3/utils.py of the original.)"""

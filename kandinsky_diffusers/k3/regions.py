@@ -20,6 +20,7 @@ from .. import sampling
 from ..attention import set_text_processor, text_processor
 from ..decoding import Batch, Call, Conditions
 from ..images import Images, pad_to, shares_from
+from ..inpainting import Crop
 from ..inputs import as_prompts, check_share
 from .ip_adapter_unet import cross_attentions
 from .text import TextInputs, fitted
@@ -60,11 +61,19 @@ class RegionInputs:
 
     Args:
         text: its prompts, with the negative ones of the call where it has none of its own.
-        masks: `[1 or prompts or pictures, 1, height, width]` in [0, 1], of the picture's size.
+        shares: `[1 or prompts or pictures, 1, h, w]` in [0, 1], 1 where its prompt counts; of several sizes together.
     """
 
     text: TextInputs
-    masks: torch.Tensor
+    shares: Sequence[torch.Tensor]
+
+    def masks(self, size: tuple[int, int]) -> torch.Tensor:
+        """Its shares of a picture of `size`, `[1 or prompts or pictures, 1, height, width]`."""
+        return torch.cat([F.interpolate(share, size, mode="nearest-exact") for share in self.shares])
+
+    def inside(self, crop: Crop) -> RegionInputs:
+        """It in the part of the picture that is painted."""
+        return replace(self, shares=[crop.cut_out(self.masks(crop.whole_size))])
 
 
 def regions_from(regions: Regions | None, text: TextInputs, batch: Batch) -> list[RegionInputs]:
@@ -98,15 +107,14 @@ def _as_region(item: Any) -> Region:
 
 def _checked(region: Region, name: str, text: TextInputs, batch: Batch) -> RegionInputs:
     shares = shares_from(region.mask, f"{name}.mask")
-    masks = torch.cat([F.interpolate(share, batch.size, mode="nearest-exact") for share in shares])
-    batch.expand(masks, f"{name}.mask")
+    batch.expand(torch.cat([share[:, 0, 0, 0] for share in shares]), f"{name}.mask")
     try:
         own = _text_of(region, text)
     except (TypeError, ValueError) as error:
         raise type(error)(f"`{name}`: {error}") from error
     if own.count not in (1, text.count):
         raise ValueError(f"`{name}` has {own.count} prompts; accepted is 1, or one for each of {text.count} prompts.")
-    return RegionInputs(own, masks)
+    return RegionInputs(own, shares)
 
 
 def _text_of(region: Region, text: TextInputs) -> TextInputs:
@@ -252,7 +260,7 @@ class RegionsMixin:
             return None
         levels, halves = len(self.unet.config.block_out_channels), self._halves(latents, conditions)
         size = (latents.shape[-2], latents.shape[-1])
-        masks = [call.batch.expand(region.masks.to(latents), "regions") for region in call.regions]
+        masks = [call.batch.expand(region.masks(call.batch.size).to(latents), "regions") for region in call.regions]
         shares = [shares_of(torch.cat([mask] * halves), size, self.movq_scale_factor, levels) for mask in masks]
         tokens = conditions["regional_context_mask"].shape[1] // len(shares)
         return RegionalAttention(tokens, shares, call["regional_base_ratio"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,6 +16,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline, VQModel
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 
 import kandinsky_diffusers
+from kandinsky_diffusers.components import adopt
+from kandinsky_diffusers.pipeline_base import KandinskyPipelineMixin
 
 
 SIZE = {"height": 64, "width": 64}
@@ -42,14 +45,23 @@ def repo(converted_30: Path, converted_31: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def components(repo: Any) -> Callable[[str], dict[str, Any]]:
-    """Components of a converted repo by its short name; "stock" is 3.1 without null embedding, on stock's classes."""
+    """Components of a converted repo by its short name; "stock" is 3.1 without null embedding, on stock's classes.
+
+    "adopted" are copies of these on ours.
+    """
     loaded: dict[str, dict[str, Any]] = {}
 
     def load(kind: str) -> dict[str, Any]:
         if kind not in loaded:
-            ours = {} if kind == "stock" else DiffusionPipeline.from_pretrained(repo(kind)).components
-            loaded[kind] = dict(ours) or stock()
+            loaded[kind] = {"stock": stock, "adopted": adopted}.get(kind, lambda: converted(kind))()
         return loaded[kind]
+
+    def converted(kind: str) -> dict[str, Any]:
+        return DiffusionPipeline.from_pretrained(repo(kind)).components
+
+    def adopted() -> dict[str, Any]:
+        parts = load("stock")
+        return {**parts, **{name: adopt(deepcopy(parts[name])) for name in ("unet", "movq")}}
 
     def stock() -> dict[str, Any]:
         ours = load("3.1")
@@ -80,10 +92,9 @@ def make(components: Any) -> Callable[..., Any]:
     """Build a quiet pipeline: `make(Kandinsky3Pipeline, "3.1")`. Our classes never touch the models of "stock"."""
 
     def build(cls: type, kind: str, **replaced: Any) -> Any:
-        parts = {**components(kind), **replaced}
+        is_ours = issubclass(cls, KandinskyPipelineMixin)
+        parts = {**components("adopted" if kind == "stock" and is_ours else kind), **replaced}
         parts["scheduler"] = deepcopy(parts["scheduler"])
-        if kind == "stock":
-            parts |= {name: deepcopy(parts[name]) for name in ("unet", "movq")}
         pipe = cls(**parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -121,10 +132,15 @@ def inputs(picture: Any, mask: Any) -> Callable[..., dict[str, Any]]:
 
 def float64(pipe: Any) -> Any:
     """The pipeline on copies of its models in float64, where batches and single pictures can be told from rounding."""
-    parts = {n: deepcopy(c).double() if isinstance(c, torch.nn.Module) else c for n, c in pipe.components.items()}
+    parts = {n: _double(c) if isinstance(c, torch.nn.Module) else c for n, c in pipe.components.items()}
     copy = type(pipe)(**parts)
     copy.set_progress_bar_config(disable=True)
     return copy
+
+
+@functools.cache
+def _double(model: torch.nn.Module) -> torch.nn.Module:
+    return deepcopy(model).double()
 
 
 @pytest.fixture

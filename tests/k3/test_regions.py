@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 import kandinsky_diffusers
 from kandinsky_diffusers import Kandinsky3Pipeline, Region
 from kandinsky_diffusers.k3.ip_adapter_unet import cross_attentions
-from tests.k3.conftest import TASKS, Refused, float64, seeded
+from tests.k3.conftest import QUICK, TASKS, Refused, float64, seeded
 from tests.support.parity import assert_close, relative_difference
 
 
@@ -85,6 +86,19 @@ def test_a_picture_of_a_batch_is_the_picture_made_alone(make: Any, inputs: Any, 
     alone = pipe(**inputs(name, prompt=prompts[1], regions=regions, **size), generator=seeded(1)).images
     assert together.shape == (2, 72, 60, 3)
     assert_close(together[1], alone[0], 1e-5)
+
+
+def test_with_a_crop_around_the_mask_the_masks_of_regions_are_cropped_too(make: Any, picture: Any) -> None:
+    """A region lies where it lies in the whole picture: this one is all of what is painted."""
+    pipe, whole = make(kandinsky_diffusers.Kandinsky3InpaintPipeline, "3.1"), picture.resize((128, 128))
+    corner = PIL.Image.new("L", whole.size)
+    corner.paste(255, (0, 0, 64, 64))
+    arguments = {"image": whole, "mask_image": corner, **QUICK, "output_type": "pil", "padding_mask_crop": 0}
+    in_the_corner, everywhere = (
+        np.asarray(pipe("a red fox", **arguments, regions=[("a lazy dog", place)], generator=seeded(0)).images[0])
+        for place in (corner, FULL)
+    )
+    assert np.array_equal(in_the_corner, everywhere)
 
 
 def test_the_unet_is_left_as_it_was_even_by_an_error(make: Any, inputs: Any) -> None:

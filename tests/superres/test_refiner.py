@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,29 @@ from tests.support.parity import assert_close
 MODELS = ("unet", "refiner", "movq", "context")
 
 
+@pytest.fixture(scope="session")
+def shared_pipe(converted_superres: Path) -> Any:
+    return load(converted_superres)
+
+
 @pytest.fixture
-def pipe(converted_superres: Path) -> Any:
-    pipe = AutoPipelineForImage2Image.from_pretrained(converted_superres / "kandisuperres-flash-x2")
+def pipe(shared_pipe: Any) -> Iterator[Any]:
+    """A pipeline on components that all tests share."""
+    settings = {name: shared_pipe.config[name] for name in ("scale", "size_multiple", "shrinks_input")}
+    pipe: Any = KandiSuperResPipeline(**shared_pipe.components, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    yield pipe
+    pipe.disable_movq_tiling()
+
+
+@pytest.fixture
+def own_pipe(converted_superres: Path) -> Any:
+    """A pipeline whose models a test may change."""
+    return load(converted_superres)
+
+
+def load(repos: Path, **options: Any) -> Any:
+    pipe = AutoPipelineForImage2Image.from_pretrained(repos / "kandisuperres-flash-x2", **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -31,7 +52,8 @@ def draw(pipe: Any, height: int = 32, width: int = 40, **changed: Any) -> np.nda
     return pipe(picture(height, width), **{"num_inference_steps": 1, "output_type": "np", **changed}).images
 
 
-def test_the_repo_loads_with_our_classes_and_its_settings(pipe: Any) -> None:
+def test_the_repo_loads_with_our_classes_and_its_settings(shared_pipe: Any) -> None:
+    pipe = shared_pipe
     assert type(pipe) is KandiSuperResPipeline
     assert (type(pipe.refiner), type(pipe.movq)) == (Kandinsky3UNet, MoVQ)
     assert pipe.refiner_scheduler.config.timesteps == [229]
@@ -94,15 +116,19 @@ def test_half_precision_stays_near_single(
     pipe: Any, converted_superres: Path, dtype: torch.dtype, allowed: float
 ) -> None:
     """Mean difference of pixel values in [0, 1]."""
-    half = KandiSuperResPipeline.from_pretrained(converted_superres / "kandisuperres-flash-x2", dtype=dtype)
-    half.set_progress_bar_config(disable=True)
+    half = load(converted_superres, dtype=dtype)
     assert [getattr(half, name).dtype for name in MODELS] == [dtype, dtype, torch.float32, dtype]
     assert np.abs(draw(half) - draw(pipe)).mean() <= allowed
-    assert pipe.to(dtype).movq.dtype == torch.float32
+
+
+def test_a_cast_leaves_the_movq_in_single_precision(own_pipe: Any) -> None:
+    half = own_pipe.to(torch.float16)
+    assert (half.refiner.dtype, half.movq.dtype) == (torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("way", ["model", "sequential", "group"])
-def test_offloading_draws_the_same(pipe: Any, tmp_path: Path, way: str) -> None:
+def test_offloading_draws_the_same(own_pipe: Any, tmp_path: Path, way: str) -> None:
+    pipe = own_pipe
     before, device = draw(pipe), torch.device("cpu")
     if way == "model":
         pipe.enable_model_cpu_offload(device="cpu")
