@@ -22,7 +22,7 @@ help:
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
 	@echo "make drift    test with the oldest and with the newest versions that setup.cfg admits (ARGS=tests: all tests)"
-	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17 is one alone), figures into fuzz.json"
+	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17: one alone), figures into build/fuzz.json"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
@@ -75,7 +75,8 @@ drift-oldest drift-newest: drift-%: $(INSTALLED)
 	$(DRIFT)/$*/bin/python -m pytest $(or $(ARGS),$(DRIFT_TESTS))
 
 fuzz: $(INSTALLED)
-	KANDINSKY_FUZZ=$(INPUTS) KANDINSKY_FUZZ_CASE=$(CASE) KANDINSKY_FUZZ_REPORT=$(abspath fuzz.json) \
+	@mkdir -p build
+	KANDINSKY_FUZZ=$(INPUTS) KANDINSKY_FUZZ_CASE="$(CASE)" KANDINSKY_FUZZ_REPORT=build/fuzz.json \
 		$(BIN)/python -m pytest -m fuzz --numprocesses=0 tests/fuzz $(ARGS)
 
 upstream-tests: $(INSTALLED_UPSTREAM)

@@ -289,7 +289,7 @@ def _open(path: Path, names: Names) -> WeightFile:
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     content = _with_names(load_torch(path), names)
-    named = isinstance(content, Mapping)
+    named = isinstance(content, dict)
     return WeightFile(path, _flat(path, content) if named else _numbered(content), named)
 
 
@@ -352,15 +352,17 @@ def _with_names(content: Any, names: Names) -> Any:
     return content
 
 
-def _flat(path: Path, content: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(path: Path, content: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Dicts in dicts become one: Lightning's weights get keys such as ``state_dict/conv.weight``."""
     flat: dict[str, Any] = {}
     # not content.items(): an OrderedDict from a file can have an attribute of that name
-    for key, value in dict.items(content):  # pyright: ignore[reportArgumentType] (a pickle has no other mappings)
+    for key, value in dict.items(content):
         if not isinstance(key, (str, int, type)) or len(prefix) > _LONGEST_KEY:
-            raise ConversionError(f"{path} has a key that is a {type(key).__name__}, or too long; names are accepted.")
+            raise ConversionError(
+                f"{path} has a key that is a {type(key).__name__}, or too long; accepted are short names."
+            )
         name = f"{prefix}{key}"
-        flat |= _flat(path, value, f"{name}/") if isinstance(value, Mapping) and len(value) else {name: value}
+        flat |= _flat(path, value, f"{name}/") if isinstance(value, dict) and len(value) else {name: value}
     return flat
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = "data.pkl"
+# the three records at the end of a zip file: of the directory's end with 64 bits, where that lies, and with 32 bits
+_ENDS = struct.Struct("<4s36xQQ 4s4xQ4x 4s8xLLH")
+_END = 22  # bytes of the last one
 _LARGEST_PICKLE = 64 * 2**20  # bytes; those of published files have at most 1 MB
 _LEGACY_PICKLES = 5  # magic number, version, system, content, keys of the storages
 _MOST_SHARING = 16  # times the bytes of a file that its tensors may have together, for tensors that share theirs
@@ -104,6 +108,7 @@ def _is_zip(path: Path) -> bool:
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip file as PyTorch writes it: nothing is compressed, so that nothing is larger than the file."""
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
@@ -115,6 +120,26 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except _ZIP_ERRORS as error:
         raise damaged(path, error) from error
+
+
+def _check_directory(path: Path) -> None:
+    """Python and PyTorch have to see the same directory of entries: it lies where the end says, and nothing follows.
+
+    Raises:
+        zipfile.BadZipFile: it does not.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - _ENDS.size))
+        *wide, length, offset, comment = _ENDS.unpack(file.read().rjust(_ENDS.size, b"\0"))
+    signature, wide_length, wide_offset, locator, wide_place, end = wide
+    place = size - _END
+    if locator == b"PK\x06\x07":
+        place, length, offset = size - _ENDS.size, wide_length, wide_offset
+        if signature != b"PK\x06\x06" or wide_place != place:
+            raise zipfile.BadZipFile("the end of the directory lies elsewhere")
+    if end != b"PK\x05\x06" or comment or offset + length != place:
+        raise zipfile.BadZipFile("the directory lies elsewhere, or something follows it")
 
 
 def _foreign_names_zipped(path: Path) -> set[str]:
@@ -130,7 +155,7 @@ def _foreign_names_legacy(path: Path) -> set[str]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
             for _ in range(_LEGACY_PICKLES):
-                if foreign := foreign_names(stream):
+                if foreign := foreign_names(stream):  # pyright: ignore[reportArgumentType] (it reads like a file)
                     return foreign
     except (OSError, ValueError, pickle.UnpicklingError) as error:  # an empty file cannot be mapped
         raise damaged(path, error) from error
@@ -140,8 +165,8 @@ def _foreign_names_legacy(path: Path) -> set[str]:
 def _refuse(path: Path, foreign: set[str]) -> None:
     if foreign:
         raise ConversionError(
-            f"{path} holds the pickled object {sorted(foreign)[0]}, which is not data. Reading it could run foreign "
-            "code, so it was not read. Get the file from its publisher again."
+            f"{path} holds the pickled object {sorted(foreign)[0]}, which no plain tensor needs. Reading it could run "
+            "foreign code or fill the memory, so it was not read. Get the file from its publisher again."
         )
 
 
@@ -163,8 +188,8 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:
 
     if isinstance(content, torch.Tensor):
         yield content
-    elif isinstance(content, Mapping):
-        for value in dict.values(content):
+    elif isinstance(content, dict):
+        for value in dict.values(content):  # not content.values(), which can be anything in an OrderedDict
             yield from _tensors(value)
     elif isinstance(content, (tuple, list)):
         for value in content:

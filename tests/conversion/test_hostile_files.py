@@ -9,6 +9,8 @@ import gzip
 import json
 import os
 import shutil
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,38 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------ weight files
+def two_directories(content: bytes, wide: bool) -> bytes:
+    """A zip file with a directory for those who look before its end, and one for those who look where the end says."""
+    end = content.rindex(b"PK\x05\x06")
+    (count, length, offset) = struct.unpack("<HLL", content[end + 10 : end + 20])
+    directory = content[offset : offset + length]
+    if not wide:
+        return content[:end] + directory + content[end:]
+    numbers = (b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, length)
+    first, second = (struct.pack("<4sQHHLLQQQQ", *numbers, place) for place in (offset, end + 56))
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    return content[:end] + first + directory + second + locator + content[end:]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_zip_file_has_one_directory_for_all_that_read_it(wide: bool, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(two_directories(content, wide))
+    assert torch.load(tmp_path / "a.pt", weights_only=True), "else there is nothing to be refused"
+    with pytest.raises(ConversionError, match="elsewhere"):
+        open_weights(tmp_path / "a.pt")
+
+
+def test_a_zip_file_may_have_an_end_of_32_bits_or_of_64(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "64.pt")
+    with zipfile.ZipFile(tmp_path / "64.pt") as wide, zipfile.ZipFile(tmp_path / "32.pt", "w") as narrow:
+        for entry in wide.infolist():
+            narrow.writestr(entry.filename, wide.read(entry))
+    assert [b"PK\x06\x07" in (tmp_path / f"{bits}.pt").read_bytes() for bits in (32, 64)] == [False, True]
+    assert all(open_weights(tmp_path / f"{bits}.pt").shapes == {"a": (2,)} for bits in (32, 64))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "..", "../x.safetensors", "/etc/passwd"])
 def test_an_index_lists_weight_files_beside_it_and_not_itself(name: str, tmp_path: Path) -> None:
     path = write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": name}})

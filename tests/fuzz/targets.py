@@ -195,7 +195,7 @@ def _index(sources: Sources, random: Random, case: Path) -> Act:
         "in",
     )
     names = (*names, *hostile.PATHS)
-    homes: dict[str, Any] = dict.fromkeys(keys, random.choice((names[0], names[1], *names)))
+    homes: dict[str, Any] = dict.fromkeys(keys, random.choice((*names[:2] * 6, *names)))
     homes |= {
         random.choice((*keys, "surplus")): random.choice((*names, 3, None)) for _ in range(random.choice((0, 1, 2)))
     }
