@@ -85,7 +85,9 @@ def generate(
     process = _process(device)
     device = torch.device(device or process.device or "cpu")
     if device.type == "cpu" and offload == "sequential":
-        raise GenerationError("`offload` is 'sequential', and pictures are drawn on the CPU; accepted is 'none'.")
+        raise GenerationError(
+            "`offload` is 'sequential', and pictures are drawn on the CPU; accepted is 'none' or 'model'."
+        )
     run = Run(numbered(jobs, seed, images_per_prompt), _settings_on(device, settings))
     folder = RunFolder(Path(output), run)
     folder.check(overwrite)
