@@ -69,8 +69,11 @@ def pixels_from(
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _decoding(image: PIL.Image.Image, name: str) -> Iterator[None]:
     """Pillow reads a file when its pixels are needed, and tells only then what is wrong with it."""
+    limit, pixels = PIL.Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if getattr(image, "tile", None) and limit is not None and pixels > limit:  # not read yet; Pillow only warns
+        raise ValueError(f"`{name}` is a file of {pixels} pixels; accepted is `PIL.Image.MAX_IMAGE_PIXELS`, {limit}.")
     try:
         yield
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
@@ -86,7 +89,7 @@ def _pixels_of(
 ) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
         bicubic = PIL.Image.Resampling.BICUBIC
-        with _decoding(name):
+        with _decoding(image, name):
             resized = image.resize((width, height), bicubic, reducing_gap=reducing_gap).convert("RGB")
         values = torch.from_numpy(np.array(resized, dtype=np.float32)[None]).permute(0, 3, 1, 2)
         return _from_bytes(values, by_unit_range)
@@ -134,7 +137,7 @@ def shares_from(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
 def _share_of(mask: Image, size: tuple[int, int] | None, name: str) -> torch.Tensor:
     if isinstance(mask, PIL.Image.Image):
         height, width = size or (mask.height, mask.width)
-        with _decoding(name):
+        with _decoding(mask, name):
             mask = np.array(mask.resize((width, height), PIL.Image.Resampling.LANCZOS).convert("L"))
     values = _as_batch(mask, channels=1, name=name)
     lowest, highest = float(values.min()), float(values.max())
@@ -148,11 +151,18 @@ def resize_mask(masks: Sequence[torch.Tensor], height: int, width: int) -> torch
     return torch.cat([F.interpolate(mask, (height, width), mode="nearest") for mask in masks])
 
 
-def made_rgb(images: Any) -> Any:
-    """PIL pictures, one or several, as RGB; everything else as it is."""
+def made_rgb(images: Any, name: str = "image") -> Any:
+    """PIL pictures, one or several, as RGB; everything else as it is.
+
+    Raises:
+        ValueError: one is of a file that cannot be read.
+    """
     if isinstance(images, (list, tuple)):
-        return [made_rgb(image) for image in images]
-    return images.convert("RGB") if isinstance(images, PIL.Image.Image) else images
+        return [made_rgb(image, name) for image in images]
+    if not isinstance(images, PIL.Image.Image):
+        return images
+    with _decoding(images, name):
+        return images.convert("RGB")
 
 
 def as_list(images: Images, name: str = "image") -> list[Image]:
@@ -234,10 +244,9 @@ def _resized_hint(values: torch.Tensor, height: int, width: int) -> torch.Tensor
 
 def _hint_values(hint: Image, name: str, channels: int) -> torch.Tensor:
     if isinstance(hint, PIL.Image.Image):
-        with _decoding(name):
-            hint = np.array(
-                hint if hint.mode.startswith(("I", "F")) else hint.convert("L" if channels == 1 else "RGB")
-            )
+        mode = hint.mode if hint.mode.startswith(("I", "F")) else "L" if channels == 1 else "RGB"
+        with _decoding(hint, name):
+            hint = np.array(hint if mode == hint.mode else hint.convert(mode))
     last_is_one = isinstance(hint, np.ndarray) and hint.shape[-1:] == (1,)
     single = hint.ndim < 3 or last_is_one or hint.shape[-3] == 1
     values = _as_batch(hint, channels=1 if single else channels, name=name).expand(-1, channels, -1, -1)
@@ -281,7 +290,7 @@ def _scale_of(scale: Any, name: str) -> torch.Tensor:
     if isinstance(scale, (int, float)):
         return torch.full((1, 1, 1, 1), float(scale))
     if isinstance(scale, PIL.Image.Image):
-        with _decoding(name):
+        with _decoding(scale, name):
             scale = np.array(scale.convert("L"))
     if not isinstance(scale, (np.ndarray, torch.Tensor)):
         kind = type(scale).__name__

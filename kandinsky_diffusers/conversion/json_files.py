@@ -48,7 +48,16 @@ def parse_object(text: str | bytes, title: str) -> dict[str, Any]:
         raise ConversionError(f"{title} holds a {type(content).__name__}; an object is expected.")
     if not _is_within(content, _DEEPEST):
         raise _too_deep(title)
+    _check_characters(content, title)
     return content
+
+
+def _check_characters(content: Any, title: str) -> None:
+    """JSON can have halves of characters, such as ``"\\ud800"``, which cannot be written to a file again."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConversionError(f"{title} cannot be read as JSON: it has text that is no Unicode.") from error
 
 
 def _is_within(content: Any, levels: int) -> bool:

@@ -302,8 +302,9 @@ def _check_keys_and_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
     if len(shapes) > _MOST_TENSORS:
         raise ConversionError(f"{path} has {len(shapes)} tensors; accepted are up to {_MOST_TENSORS}.")
     for key, shape in shapes.items():
-        if len(key) > _LONGEST_KEY:
-            raise ConversionError(f"{path} has a key of {len(key)} characters; accepted are up to {_LONGEST_KEY}.")
+        if len(key) > _LONGEST_KEY or not key.isprintable():
+            what = f"a key of {len(key)} characters, {key!a:.80}"
+            raise ConversionError(f"{path} has {what}; accepted are up to {_LONGEST_KEY} printable ones.")
         if any(type(length) is not int or length < 0 for length in shape) or prod(map(_at_least_1, shape)) > _LARGEST:
             raise ConversionError(f"{path} gives {key} the shape {str(list(shape))[:80]}, which no tensor has.")
 

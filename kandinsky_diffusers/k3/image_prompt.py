@@ -121,5 +121,5 @@ def pil_pictures(picture: Any, name: str) -> list[PIL.Image.Image]:
         TypeError, ValueError: it is none.
     """
     if isinstance(picture, PIL.Image.Image):
-        return [made_rgb(picture)]
+        return [made_rgb(picture, name)]
     return pixels_to(pixels_from(picture, *size_of(picture, name), name), "pil")

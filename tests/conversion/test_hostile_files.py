@@ -120,6 +120,13 @@ def test_what_is_not_a_tensor_is_not_given_as_one(tmp_path: Path) -> None:
         open_weights(tmp_path / "a.pt").tensor("a")
 
 
+@pytest.mark.parametrize("key", ["a\nb", "\ud800", "a\0", "k" * 501])
+def test_names_are_short_and_printable(key: str, tmp_path: Path) -> None:
+    torch.save({key: torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match="printable"):
+        open_weights(tmp_path / "a.pt")
+
+
 def test_names_are_texts(tmp_path: Path) -> None:
     torch.save({(1, 2): torch.zeros(1)}, tmp_path / "a.pt")
     with pytest.raises(ConversionError, match="a key that is a tuple"):
@@ -127,7 +134,9 @@ def test_names_are_texts(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- configurations
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100 + "1" + "}" * 100, "9" * 5000, "\ud800", "[]", "NaNN"])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100 + "1" + "}" * 100, "9" * 5000, '{"a": "\\ud800"}', "[]", "NaNN"]
+)
 def test_json_that_is_no_object_or_too_deep_is_refused(text: str) -> None:
     with pytest.raises(ConversionError, match="the file"):
         parse_object(text, "the file")

@@ -210,7 +210,7 @@ def safetensors(random: Random, content: bytes) -> bytes:
         }
     text = json_text(random, header)
     size = random.choice((len(text),) * 6 + (*SIZES, len(text) - 1, len(text) + 1))
-    return size.to_bytes(8, "little") + text + random.choice((data, data, data, data[:100], b""))
+    return max(size, 0).to_bytes(8, "little") + text + random.choice((data, data, data, data[:100], b""))
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON

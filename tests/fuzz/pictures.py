@@ -23,6 +23,8 @@ from .sandbox import Target, written
 
 Act = Callable[[], Any]
 
+MOST_PIXELS = 2**24  # so that what may be read takes less time and memory than a case has
+
 
 def targets() -> list[Target]:
     """What reads them."""
@@ -94,6 +96,7 @@ def _checks(random: Random, given: Any) -> Act:
 
 def _picture(random: Random, case: Path) -> Act:
     """A picture from a file that is damaged, or of a rare kind."""
+    PIL.Image.MAX_IMAGE_PIXELS = MOST_PIXELS
     modes = (
         "RGB",
         "L",

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 
-SECONDS = 10  # of CPU time, for a case
+SECONDS = 20  # of CPU time, for a case
 MEMORY = 1024  # MiB, which a case may take beside what the process has
 ADDRESSES = 4096  # MiB of them, so that a fault does not take the machine's memory
 WAIT = 300  # seconds without an answer, where a process does nothing at all
