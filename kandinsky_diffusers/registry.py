@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 from diffusers.models.unets import unet_2d_condition
+from diffusers.pipelines import auto_pipeline
 
 from . import attention, k3, k20, k21, k22, movq, prior, schedulers, superres
 from .compatibility import SUPPORTED_DIFFUSERS, UnsupportedDiffusersError, check_diffusers
@@ -95,7 +96,11 @@ def register() -> None:
     if _journal:
         return
     check_diffusers()
-    tables, loadable, importable = _private_parts()
+    tables, search_order, loadable, importable = _private_parts()
+    # first the decoders, so that a user's family, which has them in the tables for prompts, is not taken for ours
+    for_decoders = [table for _, table in tables.values()]
+    others = [table for table in search_order if not any(table is decoders for decoders in for_decoders)]
+    _put(auto_pipeline.__dict__, "SUPPORTED_TASKS_MAPPINGS", [*for_decoders, *others])
     # so that `set_default_attn_processor` of a UNet knows the processors that our pipelines put into it
     processors = (*unet_2d_condition.ADDED_KV_ATTENTION_PROCESSORS, attention.DispatchedAttnAddedKVProcessor)
     _put(unet_2d_condition.__dict__, "ADDED_KV_ATTENTION_PROCESSORS", processors)
@@ -183,20 +188,26 @@ def _put(mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
     mapping[key] = value
 
 
-def _private_parts() -> tuple[dict[str, tuple[Any, Any]], Any, Any]:
-    """The AutoPipeline tables by task (for prompts, for decoders), and which classes diffusers loads from where."""
+def _private_parts() -> tuple[dict[str, tuple[Any, Any]], Any, Any, Any]:
+    """What of diffusers the registry changes.
+
+    Returns:
+        The AutoPipeline tables by task (for prompts, for decoders), all of them in the order in which a class is
+        looked for, and which classes diffusers loads from where (two tables).
+    """
     try:
-        from diffusers.pipelines import auto_pipeline as auto
         from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
+        auto = auto_pipeline
         tables = {
             "text2image": (auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto._AUTO_TEXT2IMAGE_DECODER_PIPELINES_MAPPING),
             "image2image": (auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, auto._AUTO_IMAGE2IMAGE_DECODER_PIPELINES_MAPPING),
             "inpainting": (auto.AUTO_INPAINT_PIPELINES_MAPPING, auto._AUTO_INPAINT_DECODER_PIPELINES_MAPPING),
         }
+        search_order = auto.SUPPORTED_TASKS_MAPPINGS
     except (ImportError, AttributeError) as error:
         raise UnsupportedDiffusersError(
             f"{LIBRARY} supports diffusers {SUPPORTED_DIFFUSERS}; in {diffusers.__version__} a part that it relies on"
             f" is missing: {error}"
         ) from error
-    return tables, LOADABLE_CLASSES, ALL_IMPORTABLE_CLASSES
+    return tables, search_order, LOADABLE_CLASSES, ALL_IMPORTABLE_CLASSES

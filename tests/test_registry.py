@@ -42,7 +42,7 @@ PIPELINES = [cls for family in registry.FAMILIES.values() for entry in family.va
 
 
 def snapshot() -> dict[str, Any]:
-    tables, loadable, importable = registry._private_parts()
+    tables, _, loadable, importable = registry._private_parts()
     listed = {
         f"{task} {column}": list(table.items()) for task, pair in tables.items() for column, table in enumerate(pair)
     }
@@ -204,6 +204,17 @@ def test_a_users_subclass_joins_in(converted_21: Path, tmp_path: Path, fresh_reg
 
 
 @pytest.mark.parametrize(
+    ("auto", "name"),
+    [(AutoPipelineForText2Image, "kandinsky-2-1"), (AutoPipelineForInpainting, "kandinsky-2-1-inpaint")],
+)
+def test_a_users_decoder_does_not_stand_for_the_pipelines_with_a_prior(
+    auto: Any, name: str, converted_21: Path, fresh_registration: None
+) -> None:
+    kandinsky_diffusers.register_pipeline(OilPainting, tasks="image2image", key="oil-painting")
+    assert "prior_prior" in auto.from_pretrained(converted_21 / name).components
+
+
+@pytest.mark.parametrize(
     ("cls", "tasks", "key", "error"),
     [
         (OilPainting, "text2video", "oil", "`tasks`"),
@@ -242,7 +253,7 @@ class TestPrivateFactsOfDiffusers:
     """What the registry relies on, and no document promises; a failure here names what a release has changed."""
 
     def test_tables_map_keys_to_classes(self) -> None:
-        tables, _, _ = registry._private_parts()
+        tables, *_ = registry._private_parts()
         for pair in tables.values():
             for table in pair:
                 assert table in auto_pipeline.SUPPORTED_TASKS_MAPPINGS
