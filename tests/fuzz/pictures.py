@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 
 from kandinsky_diffusers import images
-from kandinsky_diffusers.cards import render_card
+from kandinsky_diffusers.cards import render_card, versions
 from kandinsky_diffusers.connected import find_prior
 
 from . import mutations as hostile
@@ -57,8 +57,7 @@ def _rendered(random: Random, case: Path) -> Act:
     model = {"class": text(), "sources": [text()], "tensors": 1, "parameters": 1, "dropped": {text(): text()}}
     facts = {
         "converter": "kandinsky_diffusers",
-        "converter_version": text(),
-        "diffusers_version": text(),
+        "versions": {name: text() for name in versions()},
         "version": "2.1",
         "repository": "kandinsky-2-1",
         "options": {"dtype": "auto", "variant": random.choice((None, "fp16")), "layout": "split"},
@@ -68,7 +67,7 @@ def _rendered(random: Random, case: Path) -> Act:
     }
 
     def act() -> None:
-        card = render_card("kandinsky-2-1", facts)
+        card = str(render_card("kandinsky-2-1", facts))
         front_matter = card.split("\n---\n")[0]
         if "evil" in front_matter or "root:" in card or "\n49" in front_matter:
             raise AssertionError("the names of a file have become front matter, or a template")
