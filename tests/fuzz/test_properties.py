@@ -73,8 +73,9 @@ def test_a_good_file_with_other_bytes_in_it_is_read_or_refused(folder: Path, nam
 @given(content=JSON)
 def test_any_json_is_an_inventory_an_index_or_refused(folder: Path, content: Any) -> None:
     for name in ("a.json", "a.safetensors.index.json"):
-        for whole in (content, {"tensors": content, "weight_map": content}):
-            read(folder / name, json.dumps(whole).encode())
+        for shapes in (content, {"a": content}, {"a": [content]}):
+            read(folder / name, json.dumps({"tensors": shapes, "weight_map": shapes}).encode())
+        read(folder / name, json.dumps(content).encode())
 
 
 @often
