@@ -81,8 +81,9 @@ def run_line(line: str, world: Path, goldens_21: GoldenFamily) -> None:
     if f"{COMMAND} " in line:
         if f"{COMMAND} convert" in line:
             shutil.rmtree(world / "repos")  # it writes them
+        settings = str(goldens_21.path / "hyperparameters.json")
         extra = {
-            "convert": ("--original-config", str(goldens_21.path / "hyperparameters.json")),  # of sizes that are tiny
+            **dict.fromkeys(("convert", "verify"), ("--original-config", settings)),  # of sizes that are tiny
             "push": ("--dry-run",),  # there is no Hub
         }
         result = run_shell(line, extra)

@@ -75,6 +75,11 @@ def components(repo: Any) -> Callable[[str], dict[str, Any]]:
     return load
 
 
+def copies(parts: dict[str, Any]) -> dict[str, Any]:
+    """Of the models that a test changes, for `make(..., **copies(components("stock")))`."""
+    return {name: deepcopy(parts[name]) for name in ("unet", "movq")}
+
+
 STOCK_CONFIG = (
     "in_channels",
     "time_embedding_dim",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from kandinsky_diffusers import Kandinsky3Img2ImgPipeline, Kandinsky3InpaintPipeline, Kandinsky3Pipeline
 from kandinsky_diffusers.attention import DispatchedAttnProcessor, IPAdapterAttnProcessor
-from tests.k3.conftest import SIZE, float64, seeded
+from tests.k3.conftest import SIZE, copies, float64, seeded
 from tests.support.parity import assert_close
 
 
@@ -305,8 +305,8 @@ def test_an_inpainting_unet_takes_the_adapter(components: Any, ip_adapter: Path,
     assert not torch.allclose(one, two, atol=1e-3)
 
 
-def test_a_stock_unet_takes_the_adapter(make: Any, ip_adapter: Path, pictures: Any) -> None:
-    pipe = make(Kandinsky3Pipeline, "stock")
+def test_a_stock_unet_takes_the_adapter(make: Any, components: Any, ip_adapter: Path, pictures: Any) -> None:
+    pipe = make(Kandinsky3Pipeline, "stock", **copies(components("stock")))
     before = draw(pipe)
     pipe.load_ip_adapter(ip_adapter)
     assert not torch.allclose(draw(pipe, ip_adapter_image=pictures[0]), before, atol=1e-3)

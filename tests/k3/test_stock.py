@@ -17,7 +17,7 @@ from diffusers.pipelines import kandinsky3
 import kandinsky_diffusers
 from kandinsky_diffusers import Kandinsky3UNet
 from kandinsky_diffusers.components import adopt
-from tests.k3.conftest import QUICK, SIZE, seeded
+from tests.k3.conftest import QUICK, SIZE, copies, seeded
 from tests.support.parity import assert_close
 from tests.support.processes import PythonProcess
 
@@ -130,9 +130,9 @@ def test_an_adapter_on_the_unet(cls: Any, make: Make) -> None:
 
 
 @pytest.mark.parametrize("cls", both("Kandinsky3Pipeline"))
-def test_group_offload_of_the_whole_pipeline(cls: Any, make: Make) -> None:
+def test_group_offload_of_the_whole_pipeline(cls: Any, make: Make, components: Any) -> None:
     """B15: stock's MoVQ does not take part."""
-    pipe = make(cls, "stock")
+    pipe = make(cls, "stock", **copies(components("stock")))
     pipe.text_encoder = None
     pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
 
