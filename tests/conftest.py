@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads would only wait for each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import random
 import shutil
 import socket
@@ -32,6 +33,14 @@ from tests.support.tiny_repos import write_tiny_repos
 
 
 Built = Callable[[str, Callable[[Path], Any]], Path]
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported, millions of objects: it takes a fifth of the time else."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 UPSTREAM = ("torch", "diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "peft")

@@ -20,9 +20,10 @@ REPOS = {"kandinsky-2-1-prior", "kandinsky-2-1", "kandinsky-2-1-inpaint"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_steps() -> Iterator[None]:
+def small_and_in_few_steps() -> Iterator[None]:
     """So that it is over soon."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SIZE", 64)
         patch.setattr(demo, "STEPS", 4)
         patch.setattr(demo, "PRIOR_STEPS", 2)
         yield
