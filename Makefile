@@ -12,6 +12,7 @@ DRIFT ?= build/drift
 DRIFT_TESTS := tests/test_registry.py tests/test_compatibility.py \
 	tests/test_hub_loading.py tests/k20/test_hub.py tests/k22/test_loading.py tests/k3/test_loading.py \
 	tests/conversion/test_convert.py tests/k21/test_golden_pipelines.py tests/k3/test_quantization.py \
+	tests/test_cards.py tests/test_hub.py tests/test_hub_pipelines.py tests/test_generation.py \
 	tests/test_examples.py
 INPUTS ?= 20000
 
