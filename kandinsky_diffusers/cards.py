@@ -17,6 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .front_matter import load_card
+
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -254,7 +256,7 @@ def _card_of(source: str, token: bool | str | None) -> ModelCard | None:
             card = Path(hf_hub_download(source, "README.md", token=token))
         except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
             return None
-    return ModelCard.load(card, ignore_metadata_errors=True) if card.is_file() else None
+    return load_card(card) if card.is_file() else None
 
 
 def _names_itself(card: ModelCard) -> list[str]:

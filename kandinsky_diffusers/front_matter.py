@@ -1,4 +1,4 @@
-"""Reading the front matter of a model card of unknown origin."""
+"""Reading model cards of unknown origin, and their front matter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 
 
 _LARGEST = 2**16  # characters; those of published cards have some hundreds
@@ -20,6 +21,16 @@ class _Loader(yaml.BaseLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases, which cards have no use for")
         return super().compose_node(parent, index)
+
+
+def load_card(path: Path) -> ModelCard:
+    """A model card of unknown origin.
+
+    Raises:
+        ValueError: its front matter is none that [`read_front_matter`] reads.
+    """
+    read_front_matter(path)
+    return ModelCard.load(path, ignore_metadata_errors=True)
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .cards import CARDS, pipeline_card, renamed
+from .front_matter import load_card
 from .hub_errors import HubError, advice_on
 
 
@@ -337,7 +338,10 @@ def _card(repo: Path) -> ModelCard:
         raise HubError(
             f"{repo} has no {CARD}, without which a decoder's prior is not found; `push_to_hub` writes one."
         )
-    return ModelCard.load(path, ignore_metadata_errors=True)
+    try:
+        return load_card(path)
+    except ValueError as error:
+        raise HubError(f"The card cannot be read: {error}.") from error
 
 
 def _priors(card: ModelCard) -> list[str]:

@@ -11,7 +11,8 @@ import pytest
 
 import kandinsky_diffusers
 from kandinsky_diffusers.conversion.releases import releases
-from tests.support.documents import COMMAND, Block, blocks, furnish, make_quick, run_python, run_shell
+from kandinsky_diffusers.generation import read_jobs
+from tests.support.documents import COMMAND, Block, blocks, furnish, made_small, make_quick, run_python, run_shell
 from tests.support.goldens import GoldenFamily
 
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
 CARDS = [repo.name for release in releases() for repo in release.repos]
 NO_CODE = ("bibtex", "text")
+JOBS = "prompts.jsonl"  # what a block of JSON is
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +43,8 @@ def world(
     places["openai/clip-vit-large-patch14"] = release_21 / "clip"
     places["Kandinsky_2.1"] = release_21
     furnish(tmp_path, places)
+    jobs = [block.code for block in README if block.language == "json"]
+    (tmp_path / JOBS).write_text(made_small("".join(jobs)))
     make_quick(monkeypatch)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -72,6 +76,8 @@ def run(block: Block, world: Path, goldens_21: GoldenFamily) -> None:
     elif block.language == "sh":
         for line in block.lines:
             run_line(line, world, goldens_21)
+    elif block.language == "json":
+        assert read_jobs(world / JOBS)
     else:
         assert block.language in NO_CODE or block.code.startswith("kandinsky_diffusers/\n")  # the map of the tree
 

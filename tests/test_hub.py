@@ -376,6 +376,9 @@ def test_what_cannot_be_pushed_is_named(release: Path) -> None:
     card.write_text(card.read_text().replace("kandinsky-community/the-prior", "../the-prior"))
     with pytest.raises(HubError, match=r"\.\./the-prior cannot be the name of a repository"):
         plan_push([release / "a-decoder"], "ns")
+    card.write_text("---\nprior: [unclosed\n---\n")
+    with pytest.raises(HubError, match=r"The card cannot be read: .*a-decoder/README\.md is no YAML"):
+        plan_push([release / "a-decoder"], "ns")
     card.unlink()
     with pytest.raises(HubError, match=r"a-decoder has no README\.md"):
         plan_push(find_repos(release), "ns")

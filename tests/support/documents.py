@@ -26,6 +26,7 @@ from kandinsky_diffusers.cli import app
 
 
 COMMAND = "kandinsky-diffusers"
+MODULE = "-m kandinsky_diffusers.cli"  # the same
 PICTURES = (
     *("cat.png", "starry_night.jpeg", "painting.png", "small.png"),
     *("depth.png", "edges.png", "mask.png", "left.png", "right.png"),
@@ -44,7 +45,7 @@ class Block:
     @property
     def lines(self) -> list[str]:
         """Those of a shell block, continued ones joined, without comments."""
-        joined = self.code.replace("\\\n", " ").splitlines()
+        joined = self.code.replace("\\\n", " ").replace(MODULE, COMMAND).splitlines()
         return [line for text in joined if (line := text.partition(" #")[0].strip()) and not line.startswith("#")]
 
 
@@ -83,8 +84,13 @@ def furnish(folder: Path, places: Mapping[str, Path]) -> None:
 def run_python(code: str) -> dict[str, Any]:
     """Run a block, with sizes that are small; returns its variables."""
     variables: dict[str, Any] = {}
-    exec(re.sub(r"\b\d+\b", lambda size: SMALL.get(size[0], size[0]), code), variables)
+    exec(made_small(code), variables)
     return variables
+
+
+def made_small(text: str) -> str:
+    """The same with sizes that are small."""
+    return re.sub(r"(?<!\d)\d+(?!\d)", lambda size: SMALL.get(size[0], size[0]), text)
 
 
 def run_shell(line: str, extra: Mapping[str, tuple[str, ...]]) -> Any:
@@ -94,7 +100,7 @@ def run_shell(line: str, extra: Mapping[str, tuple[str, ...]]) -> Any:
         line: what comes before the command, such as `accelerate launch`, is left out.
         extra: arguments that the command gets besides, by its name.
     """
-    arguments = shlex.split(line.partition(f"{COMMAND} ")[2])
+    arguments = shlex.split(made_small(line.partition(f"{COMMAND} ")[2]))
     return CliRunner().invoke(app, [*arguments, *extra.get(arguments[0], ())])
 
 
