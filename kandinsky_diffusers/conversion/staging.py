@@ -72,8 +72,8 @@ class Staging:
 def remove_stale(output: Path) -> None:
     """Remove the temporary folders of conversions that do not run any more."""
     for root in sorted(output.glob(f"{PREFIX}*")):
-        if any(path.is_symlink() for path in (root, root / _LOCK, root / _OLD)):
-            continue  # not ours: it leads out of the folder
+        if not root.is_dir() or any(path.is_symlink() for path in (root, root / _LOCK, root / _OLD)):
+            continue  # not ours: a file, or it leads out of the folder
         lock = FileLock(root / _LOCK)
         try:
             lock.acquire(timeout=0)

@@ -202,6 +202,13 @@ def test_the_temporary_folder_of_a_running_conversion_is_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_named_like_a_temporary_folder_is_left_alone(tmp_path):
+    mine = tmp_path / f"{staging.PREFIX}mine"
+    mine.write_text("keep me")
+    staging.remove_stale(tmp_path)
+    assert mine.read_text() == "keep me"
+
+
 def test_what_a_killed_overwrite_had_set_aside_comes_back(tmp_path):
     aside = tmp_path / f"{staging.PREFIX}dead" / "replaced" / "kandinsky-2-1"
     aside.mkdir(parents=True)
