@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +85,7 @@ def test_registering_twice_is_once_and_unregistering_restores(fresh_registration
     assert diffusers.KandinskyPipeline is kandinsky.KandinskyPipeline
 
 
-def test_importing_and_unregistering_leaves_diffusers_as_it_was() -> None:
+def test_importing_and_unregistering_leaves_diffusers_as_it_was(stock: PythonProcess) -> None:
     code = """
 import diffusers
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
@@ -101,7 +99,7 @@ kandinsky_diffusers.unregister()
 assert state() == before and diffusers.KandinskyPipeline is stock
 assert not hasattr(diffusers, "MoVQ")
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    stock.run_in_child(code)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -167,26 +165,26 @@ def test_a_disk_that_fills_up_while_writing_leaves_everything_as_it_was(argument
 KILLED = """
 import os, signal, sys
 from kandinsky_diffusers.cli import app
-from kandinsky_diffusers.conversion import {module} as module
-original, calls = module.{name}, []
+from kandinsky_diffusers.conversion import repository
+original, calls = repository.model_index, []
 def killed(*arguments, **options):
     calls.append(1)
-    if len(calls) == {after}:
+    if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments, **options)
-module.{name} = killed
-app(sys.argv[1:])
+child = os.fork()
+if not child:
+    repository.model_index = killed
+    try:
+        app(sys.argv[1:])
+    finally:
+        os._exit(0)
+result = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 """
 
 
-def run_and_kill(arguments: list[str], **where) -> None:
-    command = [sys.executable, "-c", KILLED.format(**where), *arguments]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, check=False)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-
-
-def test_a_killed_conversion_leaves_no_repository_and_the_next_one_cleans_up(arguments, tmp_path):
-    run_and_kill(arguments, module="repository", name="model_index", after=2)
+def test_a_killed_conversion_leaves_no_repository_and_the_next_one_cleans_up(from_hub, arguments, tmp_path):
+    assert from_hub.run(KILLED, *arguments) == -signal.SIGKILL
     assert not list((tmp_path / "out").glob("kandinsky-*"))
     assert list((tmp_path / "out").glob(".*"))
     result = CliRunner().invoke(app, arguments)
