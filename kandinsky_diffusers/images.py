@@ -23,6 +23,17 @@ Image = PIL.Image.Image | np.ndarray | torch.Tensor
 Images = Image | Sequence[Image]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# what Pillow's readers raise for files that are no pictures, or no whole ones
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    PIL.Image.DecompressionBombError,
+)
 _processor = VaeImageProcessor()
 
 
@@ -76,7 +87,7 @@ def _decoding(image: PIL.Image.Image, name: str) -> Iterator[None]:
         raise ValueError(f"`{name}` is a file of {pixels} pixels; accepted is `PIL.Image.MAX_IMAGE_PIXELS`, {limit}.")
     try:
         yield
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(f"`{name}` is a picture that cannot be read: {error}; accepted is a whole one.") from error
 
 

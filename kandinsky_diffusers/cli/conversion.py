@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,18 +67,18 @@ def convert(
     """Turn an original release into repositories that load with from_pretrained."""
     from .. import conversion, hub
 
+    of_release: dict[str, Any] = {
+        "version": version,
+        "original_config": original_config,
+        "clip": clip,
+        "text_encoder": text_encoder,
+        "refiner": None if refiner == "none" else refiner,
+        "drop": drop or (),
+        "layout": layout,
+    }
     with plain_errors():
         if plan:
-            found, plans = conversion.plan_source(
-                source,
-                version=version,
-                original_config=original_config,
-                clip=clip,
-                text_encoder=text_encoder,
-                refiner=None if refiner == "none" else refiner,
-                drop=drop or (),
-                layout=layout,
-            )
+            found, plans = conversion.plan_source(source, **of_release)
             _show_plans(plans, found.ignored)
             return
         if output is None:
@@ -89,16 +89,10 @@ def convert(
             report = conversion.convert(
                 source,
                 output,
-                version=version,
+                **of_release,
                 dtype=dtype,
                 variant=variant,
                 max_shard_size=max_shard_size,
-                original_config=original_config,
-                clip=clip,
-                text_encoder=text_encoder,
-                refiner=None if refiner == "none" else refiner,
-                drop=drop or (),
-                layout=layout,
                 link_shared=link_shared,
                 overwrite=overwrite,
                 trust_remote_code_stub=trust_remote_code_stub,

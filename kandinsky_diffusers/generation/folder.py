@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from .jobs import UNREADABLE, Job, Settings
+from ..images import UNREADABLE
+from .jobs import Job, Settings
 
 
 RUN, MANIFEST = "run.json", "manifest.jsonl"

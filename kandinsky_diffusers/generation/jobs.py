@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
+from ..images import UNREADABLE
 from ..inputs import check_choice, check_counts, check_strength
 
 
@@ -26,13 +26,6 @@ OF_JOBS = ("prompt", "negative_prompt", "height", "width", "image", "mask_image"
 OF_RUNS = ("num_images_per_prompt", "output_type", "return_dict")
 OF_PIPELINES = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "strength": "strength"}
 MOST_SEEDS = 2**63
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    Image.DecompressionBombError,
-)  # as Pillow's readers raise
 
 
 class GenerationError(ValueError):
@@ -222,7 +215,7 @@ def described(path: str) -> Input:
     """Size and SHA-256 of a picture, which is read once to the end.
 
     Raises:
-        OSError, ValueError, SyntaxError, struct.error, DecompressionBombError: it is not there, or no whole picture.
+        OSError, ValueError and others of `images.UNREADABLE`: it is not there, or no whole picture.
     """
     stat = os.stat(path)
     return _described(path, stat.st_mtime_ns, stat.st_size)
