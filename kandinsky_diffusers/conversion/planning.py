@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,18 +101,23 @@ def plan_models(models: Sequence[ModelComponent], inputs: Inputs, drop: Sequence
 
 
 def build_on_meta(component: ModelComponent, config: dict[str, Any], title: str) -> Any:
-    """The model without weights, for its keys, shapes and configuration file.
+    """The model without weights, for its keys, shapes and configuration file. It is shared, and not to be changed.
 
     Raises:
         ConversionError: the class refuses the configuration.
     """
-    cls = component.load_class()
     with _sizes_of_a_model(title, config):
-        if not getattr(cls, "config_class", None):
-            return cls.from_config(config)
-        model = cls(cls.config_class(**config))
-        model.config.to_diff_dict()  # what will be written: a setting can have the name of a method
-        return model
+        return _built(component.load_class(), json.dumps(config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=32)  # repositories of a release often have the same models
+def _built(cls: Any, config_json: str) -> Any:
+    config = json.loads(config_json)
+    if not getattr(cls, "config_class", None):
+        return cls.from_config(config)
+    model = cls(cls.config_class(**config))
+    model.config.to_diff_dict()  # what will be written: a setting can have the name of a method
+    return model
 
 
 @contextmanager
