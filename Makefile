@@ -16,12 +16,13 @@ DRIFT_TESTS := tests/test_registry.py tests/test_compatibility.py \
 	tests/test_examples.py
 INPUTS ?= 20000
 
-.PHONY: help install demo examples test fuzz drift drift-oldest drift-newest upstream-tests check format bench clean
+.PHONY: help install demo examples test test-gpu fuzz drift drift-oldest drift-newest upstream-tests check format bench clean
 
 help:
 	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
+	@echo "make test-gpu run the tests that need a CUDA device"
 	@echo "make drift    test with the oldest and with the newest versions that setup.cfg admits (ARGS=tests: all tests)"
 	@echo "make fuzz     read hostile files, INPUTS=20000 of them (CASE=zip:17: one alone), figures into build/fuzz.json"
 	@echo "make upstream-tests DIFFUSERS=CHECKOUT"
@@ -61,6 +62,9 @@ examples: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu --numprocesses=0 tests/gpu $(ARGS)
 
 # both, even if the first one fails
 drift:
