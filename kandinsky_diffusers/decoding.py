@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from . import sampling
+from .guidance_interval import ConditionalHalf, guided_steps
 from .images import OUTPUT_TYPES, latent_size, pad_to, pixels_from, pixels_to
 from .inputs import (
     as_prompts,
@@ -219,7 +221,9 @@ class DecoderMixin(KandinskyLoraMixin):
         """The call, checked, and what [`_timesteps`] says; no model runs."""
         call = self._check(arguments)
         self.scheduler.set_timesteps(call["num_inference_steps"], device=self._execution_device)
-        return call, *self._timesteps(call)
+        timesteps, noise_timestep = self._timesteps(call)
+        guided_steps(len(timesteps), call["guidance_interval"])
+        return call, timesteps, noise_timestep
 
     def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> Call:
         """What all decoders check, and what follows from it.
@@ -332,11 +336,21 @@ class DecoderMixin(KandinskyLoraMixin):
         return sampling.denoise(
             latents,
             self.progress_bar(timesteps),
-            predict=lambda x, t: self.predict_noise(x, t, conditions),
+            predict=self._predict(conditions, guided_steps(len(timesteps), call["guidance_interval"])),
             combine=lambda prediction: self._combine(prediction, latents),
             step=lambda prediction, t, x: step(prediction, t, x).prev_sample,
             on_step_end=on_step_end,
         )
+
+    def _predict(self, conditions: Conditions, guided: range) -> sampling.Predict:
+        """What runs the network at each step, without the unconditional half where the step is not among `guided`."""
+        steps, conditional = itertools.count(), ConditionalHalf()
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            shown = conditions if next(steps) in guided else conditional.of(conditions, len(latents))
+            return self.predict_noise(latents, timestep, shown)
+
+        return predict
 
 
 class Img2ImgMixin:

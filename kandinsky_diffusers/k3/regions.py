@@ -196,7 +196,8 @@ class RegionalAttnProcessor:
         base, *of_regions = attended
         output = base
         for shares, own in zip(regional.shares, of_regions, strict=True):
-            output = torch.lerp(output, own, shares[hidden_states.shape[1]].to(own))
+            share = shares[hidden_states.shape[1]][-len(own) :]  # of the conditional half, where it runs alone
+            output = torch.lerp(output, own, share.to(own))
         return torch.lerp(output, base, regional.base_ratio)
 
 

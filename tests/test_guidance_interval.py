@@ -1,0 +1,187 @@
+"""Outside of `guidance_interval` the unconditional half is not computed, and inside of it nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kandinsky_diffusers
+from kandinsky_diffusers.guidance_interval import guided_steps
+
+
+SIDE = 64
+STEPS = 4
+GRADIENT = torch.linspace(0, 1, SIDE).expand(1, 3, SIDE, SIDE)
+LEFT = torch.cat([torch.ones(1, 1, SIDE, SIDE // 2), torch.zeros(1, 1, SIDE, SIDE // 2)], dim=3)
+DEPTH, INPAINTING = {"hint": GRADIENT}, {"image": GRADIENT, "mask_image": LEFT}
+
+CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "2.0": ("converted_20", "kandinsky-2-0", "KandinskyV20Pipeline", {}),
+    "2.1 inpainting": ("converted_21", "kandinsky-2-1-inpaint", "KandinskyInpaintPipeline", INPAINTING),
+    "2.2 inpainting": ("converted_22", "kandinsky-2-2-decoder-inpaint", "KandinskyV22InpaintPipeline", INPAINTING),
+    "2.2 depth": (
+        "converted_22",
+        "kandinsky-2-2-controlnet-depth",
+        "KandinskyV22ControlnetPipeline",
+        {"hint": GRADIENT},
+    ),
+    "3.1": ("converted_31", "kandinsky-3-1", "Kandinsky3Img2ImgPipeline", {"image": GRADIENT, "strength": 1.0}),
+}
+
+
+class Runs:
+    """Draws with one pipeline, and keeps what its UNet is called with."""
+
+    def __init__(self, pipe: Any, **arguments: Any):
+        self.pipe, self.calls = pipe, []
+        pipe.set_progress_bar_config(disable=True)
+        pipe.unet.register_forward_pre_hook(self._keep_call, with_kwargs=True)
+        rng = torch.Generator().manual_seed(1)
+        width = pipe._embeds_width
+        names = ("image_embeds", "negative_image_embeds") if width else ()
+        embeds = {name: torch.randn(1, width, generator=rng) for name in names}
+        text = {} if "22" in type(pipe).__name__ else {"prompt": "a red cat", "negative_prompt": "ugly"}
+        common = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "output_type": "latent"}
+        self.arguments = {**common, **embeds, **text, **arguments}
+
+    def __call__(self, **changed: Any) -> list[torch.Tensor]:
+        """The latents after each step."""
+        self.calls, latents = [], []
+
+        def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            latents.append(tensors["latents"])
+            return {}
+
+        options = {"callback_on_step_end": keep, "generator": torch.Generator().manual_seed(0)}
+        self.pipe(**{**self.arguments, **options, **changed})
+        return latents
+
+    def _keep_call(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not kwargs.get("project"):
+            self.calls.append({**kwargs, **({"sample": args[0]} if args else {})})
+
+    @property
+    def rows(self) -> list[int]:
+        """How many rows the UNet has seen at each step."""
+        return [len(call["sample"]) for call in self.calls]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Callable[[str], Runs]:
+    """`runs(case)`: those of a case, loaded once."""
+
+    @cache
+    def load(case: str) -> Runs:
+        fixture, repo, name, arguments = CASES[case]
+        pipe = getattr(kandinsky_diffusers, name).from_pretrained(request.getfixturevalue(fixture) / repo)
+        return Runs(pipe, **arguments)
+
+    return load
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_the_conditional_half_runs_outside_of_the_interval(runs: Any, case: str) -> None:
+    draw = runs(case)
+    guided = draw()
+    assert draw.rows == [2] * STEPS
+    unguided = draw(guidance_scale=draw.pipe._scale_without_guidance)
+    assert draw.rows == [1] * STEPS
+    late = draw(guidance_interval=(0.5, 1.0))
+    assert draw.rows == [1, 1, 2, 2]
+    early = draw(guidance_interval=(0.0, 0.75))
+    assert draw.rows == [2, 2, 2, 1]
+
+    for made, same in ((late[:2], unguided[:2]), (early[:3], guided[:3])):
+        assert all(map(torch.equal, made, same))
+    assert not torch.equal(late[2], unguided[2])
+    assert not torch.equal(early[3], guided[3])
+
+
+def test_the_whole_run_is_the_default(runs: Any) -> None:
+    draw = runs("2.2 depth")
+    assert all(map(torch.equal, draw(guidance_interval=(0, 1)), draw()))
+    assert draw.rows == [2] * STEPS
+
+
+def test_conditions_stay_the_same_tensors_from_step_to_step(runs: Any) -> None:
+    """So that what is computed of them can be kept."""
+    draw = runs("3.1")
+    draw(guidance_interval=(0.5, 0.75))
+    contexts = [call["encoder_hidden_states"] for call in draw.calls]
+    assert contexts[0] is contexts[1] is contexts[3]
+    assert contexts[2] is not contexts[0]
+
+
+@pytest.mark.parametrize("case", ["2.1 inpainting", "3.1"])
+def test_what_a_callback_swaps_counts_outside_of_the_interval_too(runs: Any, case: str) -> None:
+    draw = runs(case)
+
+    def swap(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["latents"])
+        return {"prompt_embeds": -tensors["prompt_embeds"]} if index == 1 else {}
+
+    seen: list[torch.Tensor] = []
+    named = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    plain = draw(guidance_interval=(0.0, 0.25))
+    draw(guidance_interval=(0.0, 0.25), **named)
+    assert draw.rows == [2, 1, 1, 1]
+    assert torch.equal(seen[1], plain[1])
+    assert not torch.equal(seen[2], plain[2])
+
+
+def test_regions_pictures_and_control_are_those_of_the_conditional_half(
+    converted_31: Path, converted_controlnet: Path, ip_adapter: Path
+) -> None:
+    controlnet = kandinsky_diffusers.Kandinsky3ControlNetModel.from_pretrained(converted_controlnet)
+    pipe = kandinsky_diffusers.Kandinsky3ControlNetPipeline.from_pretrained(
+        converted_31 / "kandinsky-3-1", controlnet=controlnet
+    )
+    pipe.load_ip_adapter(ip_adapter)
+    draw = Runs(pipe, image=GRADIENT, regions=[("a blue dog", LEFT[0, 0])], ip_adapter_image=GRADIENT)
+    unguided = draw(guidance_scale=0.0)
+    late = draw(guidance_interval=(0.5, 1.0))
+    assert draw.rows == [1, 1, 2, 2]
+    assert all(map(torch.equal, late[:2], unguided[:2]))
+    assert late[-1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("interval", "error"),
+    [
+        ((0.5, 0.5), ValueError),
+        ((0.8, 0.2), ValueError),
+        ((-0.1, 1.0), ValueError),
+        ((0.0, 1.1), ValueError),
+        ((0.0, float("nan")), ValueError),
+        ((0.4, 0.6), ValueError),  # none of four steps
+        (0.5, TypeError),
+        ((0.0, 0.5, 1.0), TypeError),
+        (("0", "1"), TypeError),
+        (None, TypeError),
+    ],
+)
+def test_what_is_no_interval_is_refused_before_anything_runs(runs: Any, interval: Any, error: type) -> None:
+    draw = runs("2.2 depth")
+    with pytest.raises(error, match="`guidance_interval` is"):
+        draw.pipe.check_call(**draw.arguments, guidance_interval=interval)
+
+
+def test_a_combined_pipeline_hands_it_to_its_decoder(converted_22: Path) -> None:
+    pipe = kandinsky_diffusers.KandinskyV22CombinedPipeline.from_pretrained(converted_22 / "kandinsky-2-2-decoder")
+    pipe.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["sample"])), with_kwargs=True)
+    quick = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "height": SIDE, "width": SIDE}
+    pipe("a cat", **quick, guidance_interval=(0.0, 0.34), output_type="latent")
+    assert rows == [2, 1, 1]
+
+
+def test_which_steps_are_guided() -> None:
+    assert guided_steps(50, (0.0, 1.0)) == range(50)
+    assert guided_steps(50, (0.1, 0.58)) == range(5, 29)
+    assert guided_steps(0, (0.0, 0.1)) == range(0)
