@@ -32,6 +32,7 @@ from .inputs import (
 from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .schedulers import noise_to, start_at
+from .step_cache import CachedSteps, StepCacheMixin
 
 
 Conditions = dict[str, torch.Tensor]
@@ -96,7 +97,7 @@ class Call:
         return replace(self, text=replace(self.text, prompt=beautified(as_prompts(self.text.prompt), beautifier)))
 
 
-class DecoderMixin(KandinskyLoraMixin):
+class DecoderMixin(StepCacheMixin, KandinskyLoraMixin):
     """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
@@ -344,11 +345,12 @@ class DecoderMixin(KandinskyLoraMixin):
 
     def _predict(self, conditions: Conditions, guided: range) -> sampling.Predict:
         """What runs the network at each step, without the unconditional half where the step is not among `guided`."""
-        steps, conditional = itertools.count(), ConditionalHalf()
+        steps, conditional, cached = itertools.count(), ConditionalHalf(), CachedSteps(self.unet)
 
         def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             shown = conditions if next(steps) in guided else conditional.of(conditions, len(latents))
-            return self.predict_noise(latents, timestep, shown)
+            with cached.step(self._halves(latents, shown), shown):
+                return self.predict_noise(latents, timestep, shown)
 
         return predict
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import CacheMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
@@ -84,7 +84,7 @@ class JoinedTextProjection(nn.Module):
         return self.norm(torch.cat([self.text_proj(states), self.text_proj_2(states_2)], dim=1))
 
 
-class KandinskyV20UNet(UNet2DConditionModel):
+class KandinskyV20UNet(CacheMixin, UNet2DConditionModel):
     """The UNet of 2.0: that of 2.1, conditioned on two texts.
 
     Call it with the hidden states of M-CLIP `[batch, tokens, text_dim]` as `encoder_hidden_states`, and with

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import CacheMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
@@ -17,7 +18,9 @@ from .denoiser import DenoiserMixin, additive_mask
 from .ip_adapter_unet import IPAdapterUNetMixin
 
 
-class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
+class Kandinsky3UNet(
+    IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, CacheMixin, PeftAdapterMixin, StockKandinsky3UNet
+):
     """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
 
     The original projects the text outside of the UNet, and zeroes what is padding afterwards. So the context is made
