@@ -1,9 +1,9 @@
-"""Outside of `guidance_interval` the unconditional half is not computed, and inside of it nothing changes."""
+"""What is approximate when asked for: guidance in a part of the run, and steps that compute a part of the UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 
 import kandinsky_diffusers
 from kandinsky_diffusers.guidance_interval import guided_steps
+from kandinsky_diffusers.step_cache import CachedSteps
+from tests.support.parity import relative_difference
 
 
 SIDE = 64
@@ -33,6 +35,9 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "3.1": ("converted_31", "kandinsky-3-1", "Kandinsky3Img2ImgPipeline", {"image": GRADIENT, "strength": 1.0}),
 }
 
+CACHED = ["2.0", "3.1"]
+LOWER_LEVELS = ("down_blocks.1", "up_blocks.0")
+
 
 class Runs:
     """Draws with one pipeline, and keeps what its UNet is called with."""
@@ -41,6 +46,10 @@ class Runs:
         self.pipe, self.calls = pipe, []
         pipe.set_progress_bar_config(disable=True)
         pipe.unet.register_forward_pre_hook(self._keep_call, with_kwargs=True)
+        self.computed = dict.fromkeys((*LOWER_LEVELS, *self.first_level), 0)
+        for name in self.computed:
+            first = next(m for m in pipe.unet.get_submodule(name).modules() if isinstance(m, torch.nn.Conv2d))
+            first.register_forward_hook(partial(self._count, name))
         rng = torch.Generator().manual_seed(1)
         width = pipe._embeds_width
         names = ("image_embeds", "negative_image_embeds") if width else ()
@@ -52,6 +61,7 @@ class Runs:
     def __call__(self, **changed: Any) -> list[torch.Tensor]:
         """The latents after each step."""
         self.calls, latents = [], []
+        self.computed = dict.fromkeys(self.computed, 0)
 
         def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             latents.append(tensors["latents"])
@@ -61,9 +71,16 @@ class Runs:
         self.pipe(**{**self.arguments, **options, **changed})
         return latents
 
+    @property
+    def first_level(self) -> tuple[str, str]:
+        return "down_blocks.0", f"up_blocks.{len(self.pipe.unet.up_blocks) - 1}"
+
+    def _count(self, name: str, *_: Any) -> None:
+        self.computed[name] += 1
+
     def _keep_call(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not kwargs.get("project"):
-            self.calls.append({**kwargs, **({"sample": args[0]} if args else {})})
+            self.calls.append({**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs})
 
     @property
     def rows(self) -> list[int]:
@@ -185,3 +202,148 @@ def test_which_steps_are_guided() -> None:
     assert guided_steps(50, (0.0, 1.0)) == range(50)
     assert guided_steps(50, (0.1, 0.58)) == range(5, 29)
     assert guided_steps(0, (0.0, 0.1)) == range(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- step cache
+@pytest.fixture(params=CACHED)
+def cached(request: pytest.FixtureRequest, runs: Any) -> Iterator[Runs]:
+    draw = runs(request.param)
+    yield draw
+    draw.pipe.disable_step_cache()
+
+
+def computed(draw: Runs) -> tuple[int, int]:
+    """How many steps have computed the first level, and the lower ones."""
+    (first,), (lower,) = ({draw.computed[name] for name in level} for level in (draw.first_level, LOWER_LEVELS))
+    return first, lower
+
+
+def test_the_lower_levels_are_computed_at_some_steps_only(cached: Runs) -> None:
+    whole = cached()
+    assert computed(cached) == (STEPS, STEPS)
+    cached.pipe.enable_step_cache()
+    near = cached()
+    assert computed(cached) == (STEPS, 2)
+    assert torch.equal(near[0], whole[0])
+    assert not torch.equal(near[1], whole[1])
+    assert all(map(torch.equal, cached(), near)), "a call does not begin anew"
+    cached.pipe.disable_step_cache()
+    assert all(map(torch.equal, cached(), whole))
+
+
+def test_a_step_from_the_cache_is_a_whole_one_where_nothing_has_changed(cached: Runs) -> None:
+    cached()
+    arguments, unet = cached.calls[0], cached.pipe.unet
+    whole = unet(**arguments)[0]
+    cached.pipe.enable_step_cache()
+    steps = CachedSteps(unet)
+    cached.computed = dict.fromkeys(cached.computed, 0)
+    for _ in range(2):
+        with steps.step(2, {}):
+            assert torch.equal(unet(**arguments)[0], whole)
+    assert computed(cached) == (2, 1)
+
+
+@pytest.mark.parametrize(("interval", "whole"), [(2, [0, 2, 4, 6]), (3, [0, 2, 5]), (7, [0, 2])])
+def test_every_so_many_steps_are_whole(runs: Any, interval: int, whole: list[int]) -> None:
+    draw = runs("2.0")
+    draw.pipe.enable_step_cache(interval)
+    seen: list[int] = []
+
+    def count(pipe: Any, index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        seen.append(computed(draw)[1])
+        return {}
+
+    draw(num_inference_steps=7, callback_on_step_end=count)
+    draw.pipe.disable_step_cache()
+    assert [step for step, before in enumerate([0, *seen[:-1]]) if seen[step] > before] == whole
+
+
+def test_a_step_is_whole_when_guidance_begins_or_a_callback_swaps_conditions(runs: Any) -> None:
+    draw = runs("3.1")
+    draw.pipe.enable_step_cache()
+    seen: list[int] = []
+
+    def swap(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(computed(draw)[1])
+        return {"prompt_embeds": -tensors["prompt_embeds"]} if index == 2 else {}
+
+    named = {"callback_on_step_end": swap, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    draw(**named, guidance_interval=(0.25, 1.0))
+    draw.pipe.disable_step_cache()
+    assert draw.rows == [1, 2, 2, 2]
+    assert seen == [1, 2, 2, 3]
+
+
+def test_a_call_that_was_stopped_leaves_nothing_behind(runs: Any) -> None:
+    draw = runs("2.0")
+    draw.pipe.enable_step_cache(3)
+    whole = draw()
+
+    def stop(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(callback_on_step_end=stop)
+    again = draw()
+    draw.pipe.disable_step_cache()
+    assert all(map(torch.equal, again, whole))
+
+
+def test_it_goes_on_under_group_offload_and_is_not_saved(converted_31: Path, tmp_path: Path) -> None:
+    draw = Runs(kandinsky_diffusers.Kandinsky3Pipeline.from_pretrained(converted_31 / "kandinsky-3-1"))
+    whole = draw()
+    draw.pipe.enable_step_cache()
+    near = draw()
+    draw.pipe.unet.save_pretrained(tmp_path)
+    draw.pipe.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert relative_difference(draw()[-1], near[-1]) < 1e-4
+    assert computed(draw) == (STEPS, 2)
+    draw.pipe.unet = kandinsky_diffusers.Kandinsky3UNet.from_pretrained(tmp_path)
+    assert all(map(torch.equal, draw(), whole))
+
+
+def test_order_1_goes_on_in_a_straight_line(runs: Any) -> None:
+    draw = runs("3.1")
+    latents = []
+    for order in (0, 1):
+        draw.pipe.enable_step_cache(2, order)
+        latents.append(draw())
+        draw.pipe.disable_step_cache()
+    constant, linear = latents
+    assert all(map(torch.equal, linear[:3], constant[:3])), "there is one whole step to go on from"
+    assert not torch.equal(linear[3], constant[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"interval": 1}, ValueError, "`interval`"),
+        ({"interval": 2.0}, TypeError, "`interval`"),
+        ({"order": -1}, ValueError, "`order`"),
+        ({"order": 0.5}, TypeError, "`order`"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(runs: Any, arguments: Any, error: type, named: str) -> None:
+    pipe = runs("3.1").pipe
+    with pytest.raises(error, match=named):
+        pipe.enable_step_cache(**arguments)
+    assert not pipe.unet.is_cache_enabled
+
+
+def test_compiled_models_and_a_step_cache_are_one_too_many(converted_20: Path) -> None:
+    pipe = kandinsky_diffusers.KandinskyV20Pipeline.from_pretrained(converted_20 / "kandinsky-2-0")
+    pipe.enable_step_cache()
+    with pytest.raises(ValueError, match="already been enabled"):
+        pipe.enable_step_cache()
+    pipe.unet.mid_block.resnets[0].compile(backend="eager")
+    pipe.unet.down_blocks[1].resnets[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"`down_blocks.1.resnets.0`"):
+        Runs(pipe)()
+    pipe.disable_step_cache()
+    with pytest.raises(ValueError, match="1 layers"):
+        pipe.enable_step_cache()
+    assert not pipe.unet.is_cache_enabled
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match="compiled as a whole"):
+        pipe.enable_step_cache()
