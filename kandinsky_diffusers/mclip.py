@@ -160,12 +160,14 @@ class TextConditionsMixin:
             where guidance is off.
         """
         halves = self._halves(latents, conditions)
+        read = [conditions.get(name) for name in self._callback_tensor_inputs]
+        cache = self._context_cache(self.unet, [*read, halves])
         added = {to: self._both(conditions, name, halves) for to, name in self._added_conditions.items()}
         return self.unet(
             sample=self._unet_input(latents, timestep, conditions),
             timestep=timestep,
             encoder_hidden_states=self._both(conditions, "prompt_embeds", halves),
-            added_cond_kwargs=added,
+            added_cond_kwargs={**added, "cache": cache},
             return_dict=False,
         )[0]
 

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "3.1": ("converted_31", "kandinsky-3-1", "Kandinsky3Img2ImgPipeline", {"image": GRADIENT, "strength": 1.0}),
 }
 
-CACHED = ["2.0", "3.1"]
+CACHED = ["2.1 inpainting", "2.2 depth", "3.1"]
 LOWER_LEVELS = ("down_blocks.1", "up_blocks.0")
 
 
