@@ -14,10 +14,11 @@ from typing import Any
 from diffusers import CacheMixin, TaylorSeerCacheConfig, UNet2DConditionModel
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
 
-from .inputs import check_at_least, check_counts
+from .inputs import check_at_least, check_choice, check_counts
 
 
 LEAST_INTERVAL = 2
+ORDERS = (0, 1, 2)
 
 
 class StepCacheMixin:
@@ -38,12 +39,13 @@ class StepCacheMixin:
                 parabola from the last three (the order of TaylorSeer).
 
         Raises:
-            TypeError: `interval` or `order` is no int, or the UNet is none of those that diffusers can cache.
-            ValueError: one is too small, a cache is enabled already, the UNet has one level only, or it, or a layer
-                that would be skipped, is compiled.
+            TypeError: `interval` is no int, or the UNet is none of those that diffusers can cache.
+            ValueError: `interval` or `order` is another one, a cache is enabled already, the UNet has one level only,
+                or it, or a layer that would be skipped, is compiled.
         """
-        check_counts(interval=interval, order=order + 1)
+        check_counts(interval=interval)
         check_at_least("interval", interval, LEAST_INTERVAL)
+        check_choice("order", order, ORDERS)
         unet = self.unet
         if not isinstance(getattr(unet, "_orig_mod", unet), CacheMixin):
             raise TypeError(f"`unet` is a {type(unet).__name__}; accepted is one that is a diffusers `CacheMixin`.")
