@@ -210,6 +210,7 @@ def test_which_steps_are_guided() -> None:
 @pytest.fixture(params=CACHED)
 def cached(request: pytest.FixtureRequest, runs: Any) -> Iterator[Runs]:
     draw = runs(request.param)
+    assert draw.plain  # drawn before a cache is enabled
     yield draw
     draw.pipe.disable_step_cache()
 
