@@ -27,6 +27,10 @@ MASKING_BACKENDS = (
 )
 
 
+# what `Attention.fuse_projections` of diffusers makes, and of which layers
+FUSED_LAYERS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+
+
 class KeyValueCache:
     """Keys and values of the first tokens of a sequence, for one attention layer.
 
@@ -84,8 +88,7 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = _normed_context(attn, hidden_states, encoder_hidden_states)
 
-        query = _split_heads(attn, attn.to_q(hidden_states))
-        key, value = _split_heads(attn, attn.to_k(context)), _split_heads(attn, attn.to_v(context))
+        query, key, value = (_split_heads(attn, rows) for rows in _query_key_value(attn, hidden_states, context))
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if cache is not None:
@@ -136,8 +139,8 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         query = _split_heads(attn, attn.to_q(hidden_states))
         key, value = _split_heads(attn, attn.add_k_proj(context)), _split_heads(attn, attn.add_v_proj(context))
         if not attn.only_cross_attention:
-            key = torch.cat([key, _split_heads(attn, attn.to_k(hidden_states))], dim=1)
-            value = torch.cat([value, _split_heads(attn, attn.to_v(hidden_states))], dim=1)
+            own_key, own_value = (_split_heads(attn, rows) for rows in _key_value(attn, hidden_states))
+            key, value = torch.cat([key, own_key], dim=1), torch.cat([value, own_value], dim=1)
 
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
@@ -309,6 +312,33 @@ def _normed_context(attn: Attention, own: torch.Tensor, other: torch.Tensor | No
     if other is None:
         return own
     return attn.norm_encoder_hidden_states(other) if attn.norm_cross else other
+
+
+def _query_key_value(attn: Attention, own: torch.Tensor, context: torch.Tensor) -> Sequence[torch.Tensor]:
+    fused = _fused_layer(attn, "to_qkv") if context is own else None
+    return [attn.to_q(own), *_key_value(attn, context)] if fused is None else fused(own).chunk(3, dim=-1)
+
+
+def _key_value(attn: Attention, context: torch.Tensor) -> Sequence[torch.Tensor]:
+    fused = _fused_layer(attn, "to_kv")
+    return [attn.to_k(context), attn.to_v(context)] if fused is None else fused(context).chunk(2, dim=-1)
+
+
+def _fused_layer(attn: Attention, name: str) -> torch.nn.Linear | None:
+    """One of [`FUSED_LAYERS`], as long as it computes what the layers do that it was made of.
+
+    It does not where one of these has been given LoRA, or other weights by offloading or moving, or is trained.
+    """
+    fused = getattr(attn, name, None)
+    if fused is None or torch.is_grad_enabled():
+        return None
+    layers = [getattr(attn, part) for part in FUSED_LAYERS[name]]
+    if any(type(layer) is not torch.nn.Linear for layer in layers):
+        return None
+    if torch.compiler.is_compiling():  # addresses cannot be seen then
+        return fused
+    address = fused.weight.untyped_storage().data_ptr()
+    return fused if all(layer.weight.untyped_storage().data_ptr() == address for layer in layers) else None
 
 
 def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
