@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from torch.fx.experimental import _config as shape_config
 
 from .components import remove_leftovers
 
@@ -33,12 +34,14 @@ class CompiledBlocks(ModelHook):
         tensors = (value for value in chain(args, kwargs.values()) if isinstance(value, torch.Tensor))
         size = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
         self._size = self._size or size
-        with torch._dynamo.config.patch(
-            recompile_limit=VARIANTS,
-            accumulated_recompile_limit=VARIANTS * 4,
-            automatic_dynamic_shapes=False,
-            assume_static_by_default=size == self._size,
-        ):
+        settings = {
+            "recompile_limit": VARIANTS,
+            "accumulated_recompile_limit": VARIANTS * 4,
+            "automatic_dynamic_shapes": False,
+            "assume_static_by_default": size == self._size,
+        }
+        # sizes that happen to be equal are not taken for the same
+        with torch._dynamo.config.patch(settings), shape_config.patch(use_duck_shape=False):
             return self.fn_ref.original_forward(*args, **kwargs)
 
 
