@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 HOOK = "kandinsky_cuda_graph"
 RECORDINGS = 8  # kept for each model, the last used; each holds its inputs and outputs
 WARM_UPS = 2  # runs before recording, in which libraries choose their kernels
-OWN_HOOKS = {HOOK, compilation.HOOK}
+_OWN_HOOKS = {HOOK, compilation.HOOK}
 
 _PREPARATIONS = ("prefill", "project", "post_process")  # calls of our models that predict nothing
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -78,11 +78,12 @@ class CudaRecorder:
 class GraphedForward(ModelHook):
     """Records the forward of a model for each kind of input, the second time it comes, and replays it from then on.
 
-    The kind is structure, shapes, strides and dtypes of the arguments and all that is no tensor. A call runs as without
-    this hook where it prepares others (its cache is not filled yet, or it is a `prefill` and the like), with gradients
-    or autocast, in training, with tensors on other devices, and where the model has hooks or attention processors of
-    others. Recordings are dropped when weights have moved, or settings such as the scale of a LoRA have changed; that is
-    looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward.
+    The kind is structure, shapes, strides and dtypes of the arguments, and all that is no tensor. Without a recording
+    run calls that prepare others (a cache is not filled yet; `prefill` and the like), that need gradients, autocast or
+    other devices, and those of a model that trains or has hooks or attention processors of others.
+
+    Recordings are dropped when weights have moved, or settings have changed, such as the scale of a LoRA. Whether they
+    have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward.
 
     Args:
         recorder: does the recording; models of one pipeline share it.
@@ -96,14 +97,9 @@ class GraphedForward(ModelHook):
         self._cache: Callable[[], Any] = lambda: None
         self._usable = True
 
-    def forget(self) -> None:
-        """Drop all recordings, because something has changed that they cannot see."""
-        self._known.clear()
-        self._cache = lambda: None
-
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of `module`, as [`HookRegistry`] calls it."""
-        run = self.fn_ref.original_forward
+        run: Any = self.fn_ref.original_forward
         leaves, structure = tree_flatten((args, kwargs))
         if not self._may_record(module, args, kwargs, leaves):
             return run(*args, **kwargs)
@@ -114,7 +110,7 @@ class GraphedForward(ModelHook):
             try:
                 kind.recording = _Recording(run, structure, leaves, self._recorder)
             except RuntimeError as error:
-                self.forget()
+                self._known.clear()
                 self._usable = False
                 logger.warning(
                     f"`{type(module).__name__}` cannot be recorded as a CUDA graph, and runs without: {error}"
@@ -133,7 +129,7 @@ class GraphedForward(ModelHook):
         if not caches or self._cache() is not caches[0]:
             state = _state_of(module, self._recorder.device_type)
             if state is None or state != self._state:
-                self.forget()
+                self._known.clear()
             self._state = state or []
             self._cache = weakref.ref(caches[0]) if caches else lambda: None
         return bool(self._state)
@@ -209,6 +205,11 @@ def ungraph(model: torch.nn.Module) -> None:
     remove_leftovers(model, type(model))
 
 
+def foreign_hooks(module: torch.nn.Module) -> set[str]:
+    """Names of the hooks of diffusers that a module has, but for those of `optimize`."""
+    return {*getattr(vars(module).get("_diffusers_hook"), "hooks", ())} - _OWN_HOOKS
+
+
 def _look(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
@@ -232,7 +233,7 @@ def _state_of(model: torch.nn.Module, device_type: str) -> list[Any] | None:
             return None
         state.append(tensor.data_ptr())
     for module in model.modules():
-        if set(getattr(vars(module).get("_diffusers_hook"), "hooks", ())) - OWN_HOOKS:
+        if foreign_hooks(module):
             return None
         attending = (getattr(module, name, None) for name in ("processor", "text"))  # the latter of an IP-Adapter
         processors = [processor for processor in attending if processor is not None]

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin, PriorTransformer, VQModel, atte
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
+from torch.utils._triton import has_triton
 
 from .attention import (
     FUSED_LAYERS,
@@ -23,7 +24,7 @@ from .attention import (
     text_processor,
 )
 from .compilation import compile_blocks, has_blocks, uncompile_blocks
-from .cuda_graphs import HOOK, OWN_HOOKS, CudaRecorder, GraphedForward, Recorder, graph, ungraph
+from .cuda_graphs import CudaRecorder, Recorder, foreign_hooks, graph, ungraph
 from .inputs import check_choice
 
 
@@ -44,14 +45,14 @@ class Part:
         applies: whether there is anything to do for a model.
         why_not: why it cannot be done, given model and settings; None where it can.
         enable: does it, and returns what takes it back.
-        moves_with_weights: whether it stays right, and does not hold on to memory, when weights are moved or replaced.
+        stays: whether it can stay on while weights are moved or replaced, or hooks put on the model.
     """
 
     name: str
     applies: Callable[[Any], bool]
     why_not: Callable[[Any, Mapping[str, Any]], str | None]
     enable: Callable[[Any, Mapping[str, Any]], Undo]
-    moves_with_weights: bool = True
+    stays: bool = False
 
 
 class Optimization:
@@ -81,11 +82,13 @@ class Optimization:
         for name, component in models.items():
             model = _unwrapped(component)
             for part in PARTS:
-                if not self.chosen[part.name] or part.name in _applied(model) or not part.applies(model):
+                applied = vars(model).get(_APPLIED, {})
+                if not self.chosen[part.name] or part.name in applied or not part.applies(model):
                     continue
                 reason = part.why_not(component, self._settings)
                 if reason is None:
-                    _applied(model)[part.name] = part.enable(model, self._settings)
+                    undo = part.enable(model, self._settings)
+                    vars(model).setdefault(_APPLIED, {})[part.name] = undo
                 else:
                     left_out[part.name, reason].append(f"`{name}`")
         for (part_name, reason), names in left_out.items():
@@ -94,28 +97,20 @@ class Optimization:
         self._told |= set(left_out)
 
 
-def take_back(models: Iterable[Any], only_tied_to_weights: bool = False) -> None:
+def take_back(models: Iterable[Any], keep_what_stays: bool = False) -> None:
     """Make models what they were before [`Optimization.apply`].
 
     Args:
         models: components of a pipeline.
-        only_tied_to_weights: take back only what cannot stay when weights are moved or replaced.
+        keep_what_stays: leave what can stay on, see [`Part`].
     """
     for model in map(_unwrapped, models):
+        applied = vars(model).get(_APPLIED, {})
         for part in reversed(PARTS):
-            if part.name in _applied(model) and not (only_tied_to_weights and part.moves_with_weights):
-                _applied(model).pop(part.name)()
-        if not _applied(model):
-            vars(model).pop(_APPLIED)
-
-
-def forget_graphs(models: Iterable[Any]) -> None:
-    """Drop what CUDA graphs have recorded, since numbers have changed that are part of them."""
-    for model in map(_unwrapped, models):
-        for called in _called(model):
-            hook = getattr(vars(called).get("_diffusers_hook"), "hooks", {}).get(HOOK)
-            if isinstance(hook, GraphedForward):
-                hook.forget()
+            if part.name in applied and not (keep_what_stays and part.stays):
+                applied.pop(part.name)()
+        if not applied:
+            vars(model).pop(_APPLIED, None)
 
 
 def optimizable(components: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +139,7 @@ def _set_backends(backends: list[tuple[Any, Any]]) -> None:
 def _why_no_attention_backend(model: Any, settings: Mapping[str, Any]) -> str | None:
     takes_masks = isinstance(model, PriorTransformer) or hasattr(model, "add_time_condition")
     if takes_masks and AttentionBackendName(settings["attention_backend"]) not in MASKING_BACKENDS:
-        return f"its attention has masks, which the backend {settings['attention_backend']!r} cannot take"
+        return f"{settings['attention_backend']!r} cannot take the masks that this attention has"
     return None
 
 
@@ -174,37 +169,38 @@ def _fuse(layer: Attention) -> None:
 
     What it adds is no submodule, so that the state dict stays that of stock.
     """
-    device = layer.to_k.weight.device
+    device = layer.to_q.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # it draws weights, and then copies others
         layer.fuse_projections()
-    name = "to_kv" if layer.is_cross_attention else "to_qkv"
-    fused = layer._modules.pop(name)
+    name = _fused_name(layer)
+    fused: Any = layer._modules.pop(name)
     vars(layer)[name] = fused
     singles: list[Any] = [getattr(layer, single) for single in FUSED_LAYERS[name]]
     sizes = [single.out_features for single in singles]
-    for single, weight in zip(singles, fused.weight.data.split(sizes), strict=True):
-        single.weight.data = weight
-    if fused.bias is not None:
-        for single, bias in zip(singles, fused.bias.data.split(sizes), strict=True):
-            single.bias.data = bias
+    for parameter in ("weight", "bias") if fused.bias is not None else ("weight",):
+        parts = getattr(fused, parameter).data.split(sizes)
+        for single, part in zip(singles, parts, strict=True):
+            getattr(single, parameter).data = part
 
 
 def _unfuse(layers: Iterable[Attention]) -> None:
     for layer in layers:
         layer.fused_projections = False
-        name = "to_kv" if layer.is_cross_attention else "to_qkv"
-        del vars(layer)[name]
-        for single in (getattr(layer, single) for single in FUSED_LAYERS[name]):
-            for parameter in (single.weight, single.bias):
-                if parameter is not None:
-                    parameter.data = parameter.data.clone()
+        del vars(layer)[_fused_name(layer)]
+        for single in FUSED_LAYERS[_fused_name(layer)]:
+            for parameter in getattr(layer, single).parameters():
+                parameter.data = parameter.data.clone()
+
+
+def _fused_name(layer: Attention) -> str:
+    return "to_kv" if layer.is_cross_attention else "to_qkv"
 
 
 def _why_not_fused(model: Any, settings: Mapping[str, Any]) -> str | None:
     if getattr(_unwrapped(model), "peft_config", None):
-        return "LoRA is loaded, which acts on the single projections; `fuse_lora()` and `unload_lora_weights()` first"
+        return "LoRA is loaded, which acts on single projections"
     if _is_quantized(model):
-        return "it is quantized"
+        return "weights are quantized"
     return _why_not_moved(model)
 
 
@@ -216,12 +212,14 @@ def _enable_compile(model: Any, settings: Mapping[str, Any]) -> Undo:
 
 def _why_not_compiled(model: Any, settings: Mapping[str, Any]) -> str | None:
     if _is_compiled(model):
-        return "it is compiled already"
+        return "compiled already"
     if _layers_are_offloaded(model):
-        return "its layers are offloaded"
-    if model.device.type == "cpu" and not isinstance(settings["compile"], Mapping):
-        return 'it is on the CPU, where only a dict of options, such as `compile={"backend": "inductor"}`, compiles'
-    return None
+        return "layers are offloaded"
+    if isinstance(settings["compile"], Mapping):
+        return None
+    if model.device.type == "cpu":
+        return "on the CPU only a dict of options, such as `compile={'backend': 'inductor'}`, compiles"
+    return None if has_triton() else "torch.compile needs triton, which is not installed"
 
 
 def _enable_graph(model: Any, settings: Mapping[str, Any]) -> Undo:
@@ -239,13 +237,13 @@ def _why_no_graph(model: Any, settings: Mapping[str, Any]) -> str | None:
     options = settings["compile"]
     needed = settings["recorder"].device_type
     if model.device.type != needed:
-        return f"it is on {model.device.type!r}, and CUDA graphs need a CUDA device"
+        return f"CUDA graphs need weights on a CUDA device, and these are on {model.device.type!r}"
     if isinstance(options, Mapping) and options.get("mode") in _OWN_GRAPHS:
         return f"`compile` has the mode {options['mode']!r}, which records CUDA graphs itself"
     if _is_compiled_whole(model):
-        return "it is compiled as a whole"
+        return "compiled as a whole"
     if _is_quantized(model):
-        return "it is quantized"
+        return "weights are quantized"
     return _why_not_moved(model)
 
 
@@ -255,28 +253,23 @@ PARTS = (
         applies=lambda model: bool(_attention_layers(model)),
         why_not=_why_no_attention_backend,
         enable=_enable_attention_backend,
+        stays=True,
     ),
     Part(
         "channels_last",
         applies=lambda model: bool(_convolution_weights(model)),
-        why_not=lambda model, settings: "its layers are offloaded" if _layers_are_offloaded(model) else None,
+        why_not=lambda model, settings: "layers are offloaded" if _layers_are_offloaded(model) else None,
         enable=_enable_channels_last,
+        stays=True,
     ),
     Part(
         "fuse_projections",
         applies=lambda model: bool(_fusable_layers(model)),
         why_not=_why_not_fused,
         enable=_enable_fusing,
-        moves_with_weights=False,
     ),
     Part("compile", applies=has_blocks, why_not=_why_not_compiled, enable=_enable_compile),
-    Part(
-        "cuda_graph",
-        applies=has_blocks,
-        why_not=_why_no_graph,
-        enable=_enable_graph,
-        moves_with_weights=False,
-    ),
+    Part("cuda_graph", applies=has_blocks, why_not=_why_no_graph, enable=_enable_graph),
 )
 
 
@@ -286,10 +279,6 @@ PARTS = (
 def _unwrapped(model: Any) -> Any:
     """Behind `torch.compile(model)`, the model."""
     return getattr(model, "_orig_mod", model)
-
-
-def _applied(model: Any) -> dict[str, Undo]:
-    return vars(model).setdefault(_APPLIED, {})
 
 
 def _called(model: Any) -> list[torch.nn.Module]:
@@ -330,21 +319,17 @@ def _is_compiled(model: Any) -> bool:
 def _why_not_moved(model: torch.nn.Module) -> str | None:
     """Why weights cannot be expected to stay where they are."""
     if _layers_are_offloaded(model) or hasattr(_unwrapped(model), "_hf_hook"):
-        return "it is offloaded, and its weights are not always in the same place"
-    if _foreign_hooks(_unwrapped(model)):
-        return "it has hooks of others"
+        return "weights are offloaded, and not always in the same place"
+    if foreign_hooks(_unwrapped(model)):
+        return "there are hooks of others"
     return None
 
 
 def _layers_are_offloaded(model: torch.nn.Module) -> bool:
     return any(
-        getattr(getattr(layer, "_hf_hook", None), "offload", False) or "group_offloading" in _foreign_hooks(layer)
+        getattr(getattr(layer, "_hf_hook", None), "offload", False) or "group_offloading" in foreign_hooks(layer)
         for layer in model.modules()
     )
-
-
-def _foreign_hooks(module: Any) -> set[str]:
-    return set(getattr(vars(module).get("_diffusers_hook"), "hooks", ())) - OWN_HOOKS
 
 
 def _check(settings: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 from huggingface_hub import CommitInfo
@@ -42,6 +42,7 @@ class KandinskyPipelineMixin:
 
     _exact_reference = False
     _optimization: Optimization | None = None
+    _weights_are_changing = False
     _float32_components: tuple[str, ...] = ()  # half precision is not for these
     _adopted_schedulers: tuple[str, ...] = ()  # components for which a scheduler of ours may replace the stock one
 
@@ -168,11 +169,10 @@ class KandinskyPipelineMixin:
             "cuda_graph": cuda_graph,
             "attention_backend": attention_backend,
         }
-        chosen = Optimization(settings)
-        models = optimizable(self.components)
-        if not enabled or self._optimization is None or chosen.chosen != self._optimization.chosen:
-            take_back(models.values())
-            self._optimization = chosen if enabled else None
+        optimization = Optimization(settings)
+        if not enabled or self._optimization is None or optimization.chosen != self._optimization.chosen:
+            take_back(optimizable(self.components).values())
+            self._optimization = optimization if enabled else None
         self._reoptimize()
         return self
 
@@ -187,13 +187,15 @@ class KandinskyPipelineMixin:
     @contextmanager
     def _weights_change(self) -> Iterator[None]:
         """Around what moves or replaces weights, or puts hooks on models: what cannot stay is off meanwhile."""
-        if self._optimization is None:
+        if self._optimization is None or self._weights_are_changing:
             yield
             return
-        take_back(optimizable(self.components).values(), only_tied_to_weights=True)
+        take_back(optimizable(self.components).values(), keep_what_stays=True)
+        self._weights_are_changing = True
         try:
             yield
         finally:
+            self._weights_are_changing = False
             self._reoptimize()
 
     def save_pretrained(
@@ -270,6 +272,21 @@ class KandinskyPipelineMixin:
             self.save_pretrained(folder, safe_serialization, variant)
             return push_saved(self, folder, repo_id, variant=variant, subfolder=subfolder, **options)
 
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does; what `optimize` cannot do with weights that move is left out from then on."""
+        with self._weights_change():
+            super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does, likewise; and not as its combined pipelines do, which hook parts of themselves."""
+        with self._weights_change():
+            DiffusionPipeline.enable_sequential_cpu_offload(self, *args, **kwargs)  # pyright: ignore
+
+    def remove_all_hooks(self) -> None:
+        """As diffusers does; what `optimize` had left out because of them is done."""
+        with self._weights_change():
+            super().remove_all_hooks()
+
     def enable_group_offload(
         self,
         onload_device: torch.device,
@@ -282,6 +299,17 @@ class KandinskyPipelineMixin:
 
         In one folder the files of layers that are called the same in two models would overwrite each other.
         """
+        with self._weights_change():
+            self._offload_groups(onload_device, args, offload_to_disk_path, exclude_modules, options)
+
+    def _offload_groups(
+        self,
+        onload_device: torch.device,
+        args: tuple[Any, ...],
+        offload_to_disk_path: str | os.PathLike | None,
+        exclude_modules: str | list[str] | None,
+        options: dict[str, Any],
+    ) -> None:
         if offload_to_disk_path is None:
             super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **options)
             return
