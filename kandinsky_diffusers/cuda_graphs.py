@@ -119,7 +119,8 @@ class GraphedForward(ModelHook):
         return kind.recording.replay(leaves)
 
     def _may_record(self, module: torch.nn.Module, args: Any, kwargs: Any, leaves: list[Any]) -> bool:
-        if not self._usable or torch.is_grad_enabled() or torch.is_autocast_enabled() or module.training:
+        autocast = torch.is_autocast_enabled(self._recorder.device_type)
+        if autocast or not self._usable or torch.is_grad_enabled() or module.training:
             return False
         if any(kwargs.get(name) for name in _PREPARATIONS) or not all(map(self._is_recordable, leaves)):
             return False
