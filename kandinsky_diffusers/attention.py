@@ -30,6 +30,10 @@ MASKING_BACKENDS = (
 )
 
 
+# what `Attention.fuse_projections` of diffusers makes, and of which layers
+FUSED_LAYERS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+
+
 class KeyValueCache:
     """Keys and values of the first tokens of a sequence, for one attention layer.
 
@@ -100,13 +104,13 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        query = _split_heads(attn, attn.to_q(hidden_states))
-        query = query if attn.norm_q is None else attn.norm_q(query)
         if encoder_hidden_states is None:
-            both = self._project(attn, hidden_states)
+            query, key, value = _query_key_value(attn, hidden_states)
+            key = key if attn.norm_k is None else attn.norm_k(key)
         else:
-            both = _key_value(self, attn, encoder_hidden_states)
-        key, value = both.key, both.value
+            query, both = _split_heads(attn, attn.to_q(hidden_states)), _key_value(self, attn, encoder_hidden_states)
+            key, value = both.key, both.value
+        query = query if attn.norm_q is None else attn.norm_q(query)
         if cache is not None:
             key, value = cache.join(key, value)
 
@@ -123,10 +127,7 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
 
     def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
         """Keys and values of `tokens` `[batch, tokens, width]` other than the layer's own."""
-        return self._project(attn, _normed_context(attn, tokens))
-
-    def _project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
-        key, value = _split_heads(attn, attn.to_k(tokens)), _split_heads(attn, attn.to_v(tokens))
+        key, value = _projected(attn, "to_kv", _normed_context(attn, tokens))
         return KeyValue(key if attn.norm_k is None else attn.norm_k(key), value)
 
 
@@ -167,8 +168,8 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
 
         query = _split_heads(attn, attn.to_q(hidden_states))
         if not attn.only_cross_attention:
-            key = torch.cat([key, _split_heads(attn, attn.to_k(hidden_states))], dim=1)
-            value = torch.cat([value, _split_heads(attn, attn.to_v(hidden_states))], dim=1)
+            own_key, own_value = _projected(attn, "to_kv", hidden_states)
+            key, value = torch.cat([key, own_key], dim=1), torch.cat([value, own_value], dim=1)
 
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
@@ -377,6 +378,40 @@ def _key_value(processor: Any, attn: Attention, context: torch.Tensor | KeyValue
 
 def _normed_context(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
     return attn.norm_encoder_hidden_states(tokens) if attn.norm_cross else tokens
+
+
+def _query_key_value(attn: Attention, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Of the same tokens."""
+    if attn.is_cross_attention:  # diffusers does not fuse the queries of such then
+        return [_split_heads(attn, attn.to_q(tokens)), *_projected(attn, "to_kv", tokens)]
+    return _projected(attn, "to_qkv", tokens)
+
+
+def _projected(attn: Attention, name: str, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What the layers `FUSED_LAYERS[name]` make of tokens, in one product where they are fused."""
+    layers, fused = FUSED_LAYERS[name], _fused_layer(attn, name)
+    if fused is None:
+        rows = [getattr(attn, layer)(tokens) for layer in layers]
+    else:
+        rows = fused(tokens).chunk(len(layers), dim=-1)
+    return [_split_heads(attn, part) for part in rows]
+
+
+def _fused_layer(attn: Attention, name: str) -> torch.nn.Linear | None:
+    """One of [`FUSED_LAYERS`], as long as it computes what the layers do that it was made of.
+
+    It does not where one of these has been given LoRA, or other weights by offloading or moving, or is trained.
+    """
+    fused = getattr(attn, name, None)
+    if fused is None or torch.is_grad_enabled():
+        return None
+    layers = [getattr(attn, part) for part in FUSED_LAYERS[name]]
+    if any(type(layer) is not torch.nn.Linear for layer in layers):
+        return None
+    if torch.compiler.is_compiling():  # addresses cannot be seen then
+        return fused
+    address = fused.weight.untyped_storage().data_ptr()
+    return fused if all(layer.weight.untyped_storage().data_ptr() == address for layer in layers) else None
 
 
 def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def view_as(component: Any, cls: type[T]) -> T:
             "`enable_model_cpu_offload()`, `enable_group_offload()` or `compile()`."
         )
     hook = _detach_placement(component)
-    _remove_leftovers(component, cls)
+    remove_leftovers(component, cls)
     view: Any = cls.__new__(cls)
     object.__setattr__(view, "__dict__", vars(component))
     if issubclass(cls, SavedAsStock):
@@ -164,10 +164,10 @@ def _detach_placement(component: Any) -> Any:
     return hook
 
 
-def _remove_leftovers(component: Any, cls: type) -> None:
+def remove_leftovers(component: Any, cls: type) -> None:
     """Drop what removed hooks leave behind, on `component` or on an earlier view of it that shares its state.
 
-    It is an empty registry, and the class's own `forward` as an attribute.
+    It is an empty registry, and the class's own `forward` as an attribute. `cls` extends the class of `component`.
     """
     state = vars(component)
     if "_diffusers_hook" in state and not state["_diffusers_hook"].hooks:

@@ -84,7 +84,6 @@ class ConnectedPriorMixin(StepCacheMixin, KandinskyLoraMixin):
     _prior_class: type
     _decoder_class: type
 
-    enable_sequential_cpu_offload = DiffusionPipeline.enable_sequential_cpu_offload
     progress_bar = DiffusionPipeline.progress_bar
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 

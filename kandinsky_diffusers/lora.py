@@ -356,16 +356,17 @@ class KandinskyLoraMixin(LoraBaseMixin):
                 "Models of this pipeline are offloaded layer by layer, but not by its own "
                 "`enable_sequential_cpu_offload()`. Load and fuse LoRAs first, and offload then."
             )
-        if sequential:
-            self.remove_all_hooks()
-        try:
-            yield
-        finally:
-            for model in models.values():
-                model.delete_adapters(())  # which makes diffusers renew the hooks of group offload
-                setattr(model, LAYERS_CHANGED, getattr(model, LAYERS_CHANGED, 0) + 1)
+        with self._weights_change():
             if sequential:
-                self.enable_sequential_cpu_offload(device=device)
+                self.remove_all_hooks()
+            try:
+                yield
+            finally:
+                for model in models.values():
+                    model.delete_adapters(())  # which makes diffusers renew the hooks of group offload
+                    setattr(model, LAYERS_CHANGED, getattr(model, LAYERS_CHANGED, 0) + 1)
+                if sequential:
+                    self.enable_sequential_cpu_offload(device=device)
 
 
 def _require_peft() -> None:

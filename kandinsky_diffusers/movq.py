@@ -31,6 +31,8 @@ class MoVQ(SavedAsStock, VQModel):
     # everything that `encode` and `decode` call, since the hooks of offloading sit there; `embedding` is in `quantize`
     _group_offload_block_modules = ("encoder", "quant_conv", "quantize", "embedding", "post_quant_conv", "decoder")
 
+    _repeated_blocks = ("ResnetBlock2D", "ResnetBlockCondNorm2D")
+
     use_slicing = False
     use_tiling = False
     tile_sample_min_size = 1024

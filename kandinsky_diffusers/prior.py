@@ -52,6 +52,8 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
     Without these two arguments it is the stock class. The model itself remembers nothing.
     """
 
+    _repeated_blocks = ("BasicTransformerBlock",)
+
     @functools.wraps(PriorTransformer.__init__)  # from_config reads the names of the arguments from it
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -45,7 +45,8 @@ class DenoiserMixin:
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3AttentionPooling", "Kandinsky3ResNetBlock"]
-    _repeated_blocks: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3ResNetBlock"]
+    # not the attention block, whose context has another length for each prompt
+    _repeated_blocks: ClassVar = ["Kandinsky3ConditionalGroupNorm", "Kandinsky3ResNetBlock"]
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., torch.Tensor]
