@@ -26,6 +26,7 @@ from .attention import (
 from .compilation import compile_blocks, has_blocks, uncompile_blocks
 from .cuda_graphs import CudaRecorder, Recorder, foreign_hooks, graph, ungraph
 from .inputs import check_choice
+from .step_cache import skipped_layers
 
 
 logger = logging.get_logger(__name__)
@@ -215,6 +216,8 @@ def _why_not_compiled(model: Any, settings: Mapping[str, Any]) -> str | None:
         return "compiled already"
     if _layers_are_offloaded(model):
         return "layers are offloaded"
+    if any(type(layer).__name__ in model._repeated_blocks for layer in skipped_layers(model).values()):
+        return "the step cache skips some of the blocks"
     if isinstance(settings["compile"], Mapping):
         return None
     if model.device.type == "cpu":
@@ -244,6 +247,8 @@ def _why_no_graph(model: Any, settings: Mapping[str, Any]) -> str | None:
         return "compiled as a whole"
     if _is_quantized(model):
         return "weights are quantized"
+    if skipped_layers(model):
+        return "the step cache decides at each step what is computed"
     return _why_not_moved(model)
 
 

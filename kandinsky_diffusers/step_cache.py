@@ -7,10 +7,11 @@ https://arxiv.org/abs/2312.00858). diffusers has the hooks for it, those of Tayl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from diffusers import CacheMixin, TaylorSeerCacheConfig, UNet2DConditionModel
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
 
@@ -22,16 +23,19 @@ ORDERS = (0, 1, 2)
 
 
 class StepCacheMixin:
-    """Mixed into pipelines with a `unet`."""
+    """Mixed in before a [`KandinskyPipelineMixin`] with a `unet`."""
 
     unet: Any
+    _weights_change: Callable[[], AbstractContextManager[None]]
 
     def enable_step_cache(self, interval: int = LEAST_INTERVAL, order: int = 0) -> None:
         """Compute the lower levels of the UNet at every `interval`-th step only. Approximate; off by default.
 
         The first step is computed whole, the third, and from there on every `interval`-th. In between only the first
         level runs, and what the others would give comes from the steps before. Each call begins anew, and so does a
-        call in which conditions change. It is a matter of the UNet, and so of all pipelines that share it.
+        call in which conditions change. It is a matter of the UNet, and so of all pipelines that share it. `optimize`
+        leaves out for it what cannot be beside it: CUDA graphs, and in 2.x compiled blocks. `exact_reference` does not
+        switch it off.
 
         Args:
             interval: 2 or more.
@@ -49,17 +53,19 @@ class StepCacheMixin:
         unet = self.unet
         if not isinstance(getattr(unet, "_orig_mod", unet), CacheMixin):
             raise TypeError(f"`unet` is a {type(unet).__name__}; accepted is one that is a diffusers `CacheMixin`.")
-        unet.enable_cache(step_cache_config(unet, interval, order))
-        try:
-            check_not_compiled(unet)
-        except ValueError:
-            unet.disable_cache()
-            raise
+        with self._weights_change():
+            unet.enable_cache(step_cache_config(unet, interval, order))
+            try:
+                check_not_compiled(unet)
+            except ValueError:
+                unet.disable_cache()
+                raise
 
     def disable_step_cache(self) -> None:
         """Compute every step whole again."""
         if getattr(self.unet, "is_cache_enabled", False):
-            self.unet.disable_cache()
+            with self._weights_change():
+                self.unet.disable_cache()
 
 
 class CachedSteps:
@@ -125,7 +131,7 @@ def check_not_compiled(unet: Any) -> None:
             "the UNet is compiled as a whole, and its step cache decides at each step what to compute; accepted is"
             " one of both."
         )
-    compiled = [name for name, layer in unet.named_modules() if _is_compiled(layer) and _has_step_cache(layer)]
+    compiled = [name for name, layer in skipped_layers(unet).items() if _is_compiled(layer)]
     if compiled:
         raise ValueError(
             f"{len(compiled)} layers that the step cache skips are compiled, such as `{compiled[0]}`; accepted is one"
@@ -133,13 +139,18 @@ def check_not_compiled(unet: Any) -> None:
         )
 
 
+def skipped_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers of a model that its step cache skips, by their paths; none without one."""
+    return {name: layer for name, layer in model.named_modules() if _has_step_cache(layer)}
+
+
 def _is_compiled(layer: Any) -> bool:
     return getattr(layer, "_compiled_call_impl", None) is not None
 
 
-def _has_step_cache(layer: Any) -> bool:
-    registry = vars(layer).get("_diffusers_hook")
-    return registry is not None and any(isinstance(hook, TaylorSeerCacheHook) for hook in registry.hooks.values())
+def _has_step_cache(layer: torch.nn.Module) -> bool:
+    hooks = getattr(vars(layer).get("_diffusers_hook"), "hooks", {})
+    return any(isinstance(hook, TaylorSeerCacheHook) for hook in hooks.values())
 
 
 def _are_same(drawn: tuple[int, Mapping[str, Any]], before: tuple[int, Mapping[str, Any]]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import kandinsky_diffusers
 from kandinsky_diffusers.guidance_interval import guided_steps
+from kandinsky_diffusers.optimization import PARTS
 from kandinsky_diffusers.step_cache import CachedSteps
 from tests.support.parity import relative_difference
 
@@ -349,6 +351,27 @@ def test_what_it_cannot_do_is_refused(runs: Any, arguments: Any, error: type, na
     with pytest.raises(error, match=named):
         pipe.enable_step_cache(**arguments)
     assert not pipe.unet.is_cache_enabled
+
+
+@pytest.mark.parametrize(("case", "stays"), [("2.2 depth", False), ("3.1", True)])
+def test_optimize_leaves_out_what_cannot_be_beside_it(runs: Any, case: str, stays: bool) -> None:
+    """In 3.x the blocks that are compiled lie within those that are skipped."""
+    pipe, own = runs(case).pipe, {"compile": {"backend": "eager"}}
+    layers, graph = list(pipe.unet.modules()), next(part for part in PARTS if part.name == "cuda_graph")
+    pipe.optimize(**own, channels_last=False, fuse_projections=False, cuda_graph=False)
+    assert any(map(is_compiled, layers))
+    pipe.enable_step_cache()
+    assert any(map(is_compiled, layers)) is stays
+    on_this_machine = {"compile": False, "recorder": SimpleNamespace(device_type="cpu")}
+    assert "step cache" in (graph.why_not(pipe.unet, on_this_machine) or "")
+    pipe.disable_step_cache()
+    assert any(map(is_compiled, layers))
+    assert graph.why_not(pipe.unet, on_this_machine) is None
+    pipe.optimize(False)
+
+
+def is_compiled(layer: Any) -> bool:
+    return layer._compiled_call_impl is not None
 
 
 def test_compiled_models_and_a_step_cache_are_one_too_many(converted_20: Path) -> None:
