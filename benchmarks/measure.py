@@ -141,10 +141,12 @@ def peak_memory(run: Callable[[], Any], device: str, before: dict[str, int]) -> 
 
 
 # ------------------------------------------------------------------------------------------------ operations
+PEAK_SIDES = {"cpu": 1024, "cuda": 8192}  # of matrices that keep the device busy
+
+
 @functools.cache
-def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product, the median of 5 measurements of 5 products each."""
-    side = 8192 if device == "cuda" else 2048
+def matmul_peak(device: str, dtype: torch.dtype, side: int) -> float:
+    """Operations per second of square matrix products, the median of 5 measurements of 5 products each."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def multiply() -> None:

@@ -81,10 +81,12 @@ def _sections(rows: list[Row], subjects: Mapping[str, Subject]) -> Iterable[tupl
         lines = [row for row in rows if row["subject"] == name and row["status"] in FIGURES]
         if lines:
             lines.sort(key=lambda row: [row[part] for part in ("device", "dtype", "size", "batch")])
-            reduced = f"On the CPU reduced: {subject.reduced}." if subject.reduced else ""
-            notes = [note for row in lines for note in (row.get("note"), _hardware(row))]
-            notes = [note for note in dict.fromkeys([*notes, reduced]) if note]
-            yield subject.title, notes, lines
+            notes = [note for row in lines for note in (row.get("note"), _reduced(row), _hardware(row))]
+            yield subject.title, [note for note in dict.fromkeys(notes) if note], lines
+
+
+def _reduced(row: Row) -> str:
+    return f"On the CPU reduced: {row['reduced']}." if "reduced" in row else ""
 
 
 def _hardware(row: Row) -> str:

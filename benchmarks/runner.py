@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kandinsky_diffusers.measuring import flops, peak_bytes
 
 from .cases import COMPILED, OPTIMIZED, Case, Run, Subject, Workload
-from .measure import free_memory, held_memory, largest_difference, matmul_peak, peak_memory, summary, timed
+from .measure import PEAK_SIDES, free_memory, held_memory, largest_difference, matmul_peak, peak_memory, summary, timed
 from .models import build
 from .store import Row, rows_of
 
@@ -63,7 +63,8 @@ def measure_case(subject: Subject, case: Case, plan: Plan, about: Row) -> list[R
     _guarded(failure, lambda: figures.update({row["candidate"]: row for row in subject.measure(subject, case, plan)}))
     if "status" in failure:
         figures = {name: {**failure, "candidate": name} for name in plan.against}
-    rows = rows_of(case, figures, tiny=case.tiny, command=case.command, **about)
+    more = {"reduced": subject.reduced} if case.device == "cpu" and subject.reduced else {}
+    rows = rows_of(case, figures, tiny=case.tiny, command=case.command, **about, **more)
     return [{**row, **figures[row["candidate"]]} for row in rows]
 
 
@@ -177,7 +178,7 @@ def _figures(subject: Subject, case: Case, measured: Measured) -> Row:
         if measured.step_seconds:
             figures["step_seconds"] = summary(measured.step_seconds)
     if "flops" in figures:
-        peak = matmul_peak(case.device, case.torch_dtype)
+        peak = matmul_peak(case.device, case.torch_dtype, 64 if case.tiny else PEAK_SIDES[case.device])
         figures |= {"matmul_peak": peak, "peak_fraction": figures["flops"] / figures["seconds"]["median"] / peak}
     if measured.output is not None and not bool(measured.output.isfinite().all()):
         figures["warning"] = "the output is not finite"
