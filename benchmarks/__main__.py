@@ -13,10 +13,10 @@ import torch
 import typer
 from rich.console import Console
 
-from .cases import Subject
 from .measure import machine
 from .report import print_lines, print_tables, write_html
 from .runner import Plan, measure_case
+from .selection import listed, select
 from .store import NOT_MEASURED, Row, Store, rows_of
 from .subjects import SUBJECTS
 
@@ -24,27 +24,10 @@ from .subjects import SUBJECTS
 console = Console(width=None if sys.stdout.isatty() else 200)
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _subjects(only: str) -> list[Subject]:
-    """Those named, or begun, by one of the names; all that are not too much to ask for without a name, if none is."""
-    names = _listed(only)
-    if not names:
-        return [subject for subject in SUBJECTS.values() if not subject.when_named]
-    for name in names:
-        if not any(_is_named(subject, name) for subject in SUBJECTS):
-            raise typer.BadParameter(f"{name!r} is no subject; accepted are {', '.join(SUBJECTS)}.")
-    return [SUBJECTS[known] for name in names for known in SUBJECTS if _is_named(known, name)]
-
-
-def _is_named(subject: str, name: str) -> bool:
-    return subject == name or subject.startswith(f"{name}-")
-
-
 def main(
-    only: Annotated[str, typer.Option(help="subjects, or how their names begin, separated by commas")] = "",
+    only: Annotated[
+        str, typer.Option(help="subjects, or how their names begin: NAME[:SIZES[:BATCHES[:DTYPES[:CANDIDATES]]]],...")
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda; the accelerator if there is one")] = "",
     sizes: Annotated[str, typer.Option(help="sides in pixels, separated by commas")] = "",
     batches: Annotated[str, typer.Option(help="pictures at once, separated by commas")] = "",
@@ -68,20 +51,20 @@ def main(
             console.print(f"{subject.name:18} {subject.title} ({', '.join(subject.candidates)})", markup=False)
         return
     store = Store(output / "benchmarks.json")
-    chosen = {"sizes": _listed(sizes), "batches": _listed(batches), "dtypes": _listed(dtypes)}
-    subjects, wanted = _subjects(only), _listed(against)
+    options = {"sizes": sizes, "batches": batches, "dtypes": dtypes, "against": against}
+    selections = select(only, {name: listed(text) for name, text in options.items()})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     about = {"machine": machine(device), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     done: list[Row] = []
-    for subject in [] if render else subjects:
-        names = [name for name in subject.candidates if name in (wanted or subject.usual(device))]
+    for selection in [] if render else selections:
+        names = selection.candidates(device)
         plan = Plan(names, repeats, memory)
-        for case in subject.cases(device, chosen, tiny) if names else []:
+        for case in selection.cases(device, tiny) if names else []:
             if time_limit and time.perf_counter() - began > time_limit:
                 rows = rows_of(case, names, status=NOT_MEASURED, command=case.command)
             else:
-                rows = measure_case(subject, case, plan, about)
+                rows = measure_case(selection.subject, case, plan, about)
             store.add(rows)
             print_lines(rows, console)
             done += rows

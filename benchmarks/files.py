@@ -27,7 +27,8 @@ COPY = "copy and SHA-256"
 def measure_loading(subject: Subject, case: Case, plan: Plan, make: Callable[[Case, Path], Workload]) -> list[Row]:
     """Rows of loading a repository that is written before; no memory is measured."""
     with tempfile.TemporaryDirectory() as folder:
-        return measure_workload(subject, case, replace(plan, memory=False), partial(make, folder=Path(folder)))
+        times_only = replace(plan, memory=False)
+        return measure_workload(subject, case, times_only, lambda case: make(case, Path(folder)))
 
 
 def loading_workload(case: Case, folder: Path) -> Workload:

@@ -52,7 +52,12 @@ class OursPrior(_GivenTexts, KandinskyV22PriorPipeline):
 
 def clip_stand_ins(case: Case) -> dict[str, Any]:
     """A tiny text and image encoder, which are never run; pipelines read their dtype."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     text = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=8, **small))
     image = CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=28, patch_size=14, **small))
     models = {"text_encoder": text, "image_encoder": image}

@@ -76,6 +76,7 @@ def measure_workload(subject: Subject, case: Case, plan: Plan, make: Callable[[C
     """
     if case.counted:
         return count_only(case, plan, make)
+    _matmul_peak(case)  # also lets libraries take their workspaces, which would be counted as the first candidate's
     workload = make(case)
     steps = subject.steps[case.device] if subject.steps else None
     rows: dict[str, Row] = {name: {"candidate": name, "steps": steps, "note": workload.note} for name in plan.against}
@@ -178,11 +179,15 @@ def _figures(subject: Subject, case: Case, measured: Measured) -> Row:
         if measured.step_seconds:
             figures["step_seconds"] = summary(measured.step_seconds)
     if "flops" in figures:
-        peak = matmul_peak(case.device, case.torch_dtype, 64 if case.tiny else PEAK_SIDES[case.device])
+        peak = _matmul_peak(case)
         figures |= {"matmul_peak": peak, "peak_fraction": figures["flops"] / figures["seconds"]["median"] / peak}
     if measured.output is not None and not bool(measured.output.isfinite().all()):
         figures["warning"] = "the output is not finite"
     return {"status": "measured", **figures}
+
+
+def _matmul_peak(case: Case) -> float:
+    return matmul_peak(case.device, case.torch_dtype, 64 if case.tiny else PEAK_SIDES[case.device])
 
 
 def _compare(rows: Mapping[str, Row], ready: Mapping[str, Measured], workload: Workload) -> None:
