@@ -26,7 +26,7 @@ console = Console(width=None if sys.stdout.isatty() else 200)
 
 def main(
     only: Annotated[
-        str, typer.Option(help="subjects, or how their names begin: NAME[:SIZES[:BATCHES[:DTYPES[:CANDIDATES]]]],...")
+        str, typer.Option(help="NAME[:SIZES[:BATCHES[:DTYPES[:CANDIDATES]]]],..., or how names begin")
     ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda; the accelerator if there is one")] = "",
     sizes: Annotated[str, typer.Option(help="sides in pixels, separated by commas")] = "",
@@ -52,7 +52,10 @@ def main(
         return
     store = Store(output / "benchmarks.json")
     options = {"sizes": sizes, "batches": batches, "dtypes": dtypes, "against": against}
-    selections = select(only, {name: listed(text) for name, text in options.items()})
+    try:
+        selections = select(only, {name: listed(text) for name, text in options.items()})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     about = {"machine": machine(device), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
