@@ -1,15 +1,16 @@
 """What the approximations save, and how far their pictures are from those made without: guidance interval, step cache.
 
-    python benchmarks/approximate.py --repo FOLDER_OR_HUB_ID [--steps 50] [--pictures 8] [--device cuda]
+    python -m benchmarks.approximate --repo FOLDER_OR_HUB_ID [--steps 50] [--pictures 8] [--device cuda]
 
 Each setting draws the same pictures, from the same noise. The difference is the mean over all pixels, in levels of 0
 to 255. What is saved is a share of the operations of the UNet over the whole run. Without a repository it draws with
 the tiny one of `make demo`, whose random weights make texture: its differences say that something is done, and nothing
-of how a picture looks.
+of how a picture looks. What a step from the cache saves at full size needs no weights, and is counted on shapes alone.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,14 +21,19 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from _common import machine, write_report
 from diffusers import AutoPipelineForText2Image
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kandinsky_diffusers  # noqa: F401 (AutoPipelines find ours)
+from kandinsky_diffusers.components import adopt
 from kandinsky_diffusers.conversion import convert
 from kandinsky_diffusers.measuring import flops
+from kandinsky_diffusers.step_cache import CachedSteps, step_cache_config
+
+from .measure import machine
+from .models import build
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +116,36 @@ def measure(draw: Callable[..., np.ndarray], pipe: Any, steps: int, seeds: range
     return rows
 
 
+@torch.no_grad()
+def saved_at_full_size() -> dict[str, float]:
+    """Share of the UNet's operations that a step from the cache saves, at published sizes, with guidance."""
+    conditions: dict[tuple[str, int], Callable[[], dict[str, Any]]] = {
+        ("unet-2.1", 768): lambda: {
+            "encoder_hidden_states": torch.randn(2, 77, 1024),
+            "added_cond_kwargs": {"image_embeds": torch.randn(2, 768), "text_embeds": torch.randn(2, 768)},
+        },
+        ("unet-2.2", 768): lambda: {
+            "encoder_hidden_states": None,
+            "added_cond_kwargs": {"image_embeds": torch.randn(2, 1280)},
+        },
+        ("unet-3.1", 1024): lambda: {"encoder_hidden_states": torch.randn(2, 77, 4096)},
+    }
+    saved = {}
+    for (name, size), given in conditions.items():
+        with FakeTensorMode():
+            unet = adopt(build(name, "cpu", torch.float32, False))
+            unet.enable_cache(step_cache_config(unet, interval=2))
+            steps, arguments = CachedSteps(unet), {"timestep": 1, **given()}
+            sample = torch.randn(2, 4, size // 8, size // 8)
+            with steps.step(2, {}):
+                whole = flops(lambda call=unet, sample=sample, own=arguments: call(sample, **own))
+            with steps.step(2, {}):
+                cached = flops(lambda call=unet, sample=sample, own=arguments: call(sample, **own))
+        saved[f"{name} at {size}"] = 1 - cached / whole
+        build.cache_clear()
+    return saved
+
+
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
     """Print the figures as a table."""
     table = Table("", "difference", "largest", "UNet saved", title=title)
@@ -128,7 +164,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
-    output: Annotated[Path, typer.Option(help="where the figures go, as JSON")] = Path("benchmark_approximate.json"),
+    output: Annotated[Path, typer.Option(help="where the figures go, as JSON")] = Path(
+        "benchmark_output/approximate.json"
+    ),
 ) -> None:
     """Draw with each setting, and compare."""
     torch.set_num_threads(threads)
@@ -146,8 +184,22 @@ def main(
         rows = measure(draw, pipe, steps, range(pictures))
     name = repo or "tiny, random weights"
     print_rows(rows, f"{name}: {pictures} pictures, {steps} steps, {dtype} on {device}")
-    report = {"machine": machine(), "repo": name, "prompt": prompt, "steps": steps, "pictures": pictures, "size": side}
-    write_report(output, {**report, "dtype": dtype, "device": device, "settings": rows})
+    full_size = saved_at_full_size()
+    Console().print({unet: f"{share:.0%} of a step from the cache is saved" for unet, share in full_size.items()})
+    report = {
+        "machine": machine(device),
+        "repo": name,
+        "prompt": prompt,
+        "steps": steps,
+        "pictures": pictures,
+        "size": size,
+        "dtype": dtype,
+        "device": device,
+        "settings": rows,
+        "saved_by_a_cached_step_at_full_size": full_size,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
