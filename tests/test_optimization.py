@@ -375,3 +375,34 @@ def test_what_is_compiled_already_stays_so(caplog: pytest.LogCaptureFixture) -> 
     take_back([model])
     assert model.blocks[0]._compiled_call_impl is own
     assert "`compile` is left out for `unet`: compiled already" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["fuse_projections", "cuda_graph"])
+def test_lora_acts_from_when_it_is_loaded(pipe: Any, caplog: pytest.LogCaptureFixture, part: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = "unet.mid_block.attentions.0.to_v"
+    lora = {f"{layer}.lora_{side}.weight": torch.randn(shape, generator=rng) for side, shape in LORA.items()}
+
+    def drawn() -> list[torch.Tensor]:
+        pictures = [draw(pipe, num_inference_steps=3)]
+        pipe.load_lora_weights(lora, adapter_name="style")
+        pictures.append(draw(pipe, num_inference_steps=3))
+        pipe.set_adapters("style", 0.5)
+        pictures.append(draw(pipe, num_inference_steps=3))
+        pipe.fuse_lora()
+        pictures.append(draw(pipe, num_inference_steps=3))
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        return [*pictures, draw(pipe, num_inference_steps=3)]
+
+    plain = drawn()
+    pipe._optimization = Optimization({**NOTHING, part: True}, StandIn())
+    pipe._reoptimize()
+    fused = pipe.unet.mid_block.attentions[0].fused_projections
+    torch.testing.assert_close(drawn(), plain, rtol=0, atol=5e-4)
+    assert pipe.unet.mid_block.attentions[0].fused_projections == fused == (part == "fuse_projections")
+    assert ("`fuse_projections` is left out for `unet`: LoRA is loaded" in caplog.text) == fused
+    assert all(not torch.allclose(one, other, atol=5e-3) for one, other in zip(plain[:2], plain[1:3], strict=True))
+
+
+LORA = {"A": (2, 64), "B": (64, 2)}
