@@ -29,6 +29,7 @@ from .inputs import (
 )
 from .lora import KandinskyLoraMixin
 from .options import Pictures
+from .running import RunningCall, RunsCalls
 from .schedulers import noise_to, start_at
 
 
@@ -94,7 +95,7 @@ class Call:
         return replace(self, text=replace(self.text, prompt=beautified(as_prompts(self.text.prompt), beautifier)))
 
 
-class DecoderMixin(KandinskyLoraMixin):
+class DecoderMixin(RunsCalls, KandinskyLoraMixin):
     """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
@@ -219,7 +220,7 @@ class DecoderMixin(KandinskyLoraMixin):
     def _plan(self, arguments: Mapping[str, Any]) -> tuple[Call, torch.Tensor, torch.Tensor | None]:
         """The call, checked, and what [`_timesteps`] says; no model runs."""
         call = self._check(arguments)
-        self.scheduler.set_timesteps(call["num_inference_steps"], device=self._execution_device)
+        self.scheduler.set_timesteps(call["num_inference_steps"])  # on the host, see `RunningCall`
         return call, *self._timesteps(call)
 
     def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> Call:
@@ -301,7 +302,7 @@ class DecoderMixin(KandinskyLoraMixin):
 
     def _unet_input(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scaled latents for each half; an inpainting UNet gets the known ones and the mask too, empty by default."""
-        scaled = self.scheduler.scale_model_input(latents, timestep)
+        scaled = self.scheduler.scale_model_input(latents, self._on_host(timestep))
         sample = torch.cat([scaled] * self._halves(latents, conditions))
         if self._unet_sees_known:
             empty = {"masked_image": torch.zeros_like(latents), "mask_image": torch.zeros_like(latents[:, :1])}
@@ -311,11 +312,15 @@ class DecoderMixin(KandinskyLoraMixin):
         return sample
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Guidance; a predicted variance is kept where the scheduler uses one, and is left out of everything else."""
         channels = latents.shape[1]
-        if len(prediction) != len(latents):
-            prediction = sampling.guide_keep_variance(prediction, self.guidance_scale, channels)
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        return prediction if learned else prediction[:, :channels]
+        prediction = prediction if learned else prediction[:, :channels]
+        if len(prediction) == len(latents):
+            return prediction
+        if prediction.shape[1] == channels:
+            return sampling.guide_from_uncond(prediction, self.guidance_scale)
+        return sampling.guide_keep_variance(prediction, self.guidance_scale, channels)
 
     def _denoise(
         self,
@@ -330,14 +335,16 @@ class DecoderMixin(KandinskyLoraMixin):
         accepted = inspect.signature(self.scheduler.step).parameters
         step = partial(self.scheduler.step, **{k: v for k, v in offered.items() if k in accepted})
         self._num_timesteps = len(timesteps)
-        return sampling.denoise(
-            latents,
-            self.progress_bar(timesteps),
-            predict=lambda x, t: self.predict_noise(x, t, conditions),
-            combine=lambda prediction: self._combine(prediction, latents),
-            step=lambda prediction, t, x: step(prediction, t, x).prev_sample,
-            on_step_end=on_step_end,
-        )
+        running = RunningCall(timesteps, latents.device, watched=callback_for(call.arguments) is not None)
+        with self._as_running(running):
+            return sampling.denoise(
+                latents,
+                self.progress_bar(running.timesteps),
+                predict=lambda x, t: self.predict_noise(x, t, conditions),
+                combine=lambda prediction: self._combine(prediction, latents),
+                step=lambda prediction, t, x: step(prediction, running.on_host(t), x).prev_sample,
+                on_step_end=on_step_end,
+            )
 
 
 class Img2ImgMixin:

@@ -17,6 +17,7 @@ from .lora_files import ALPHA, find_lora, lora_from, prefix_of, read_lora
 from .lora_fit import config_for, parts_for
 
 
+LAYERS_CHANGED = "_times_lora_layers_changed"  # of a model: how often
 _SCALING_BEFORE_FUSING = "scaling_before_fusing"
 
 
@@ -362,6 +363,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
         finally:
             for model in models.values():
                 model.delete_adapters(())  # which makes diffusers renew the hooks of group offload
+                setattr(model, LAYERS_CHANGED, getattr(model, LAYERS_CHANGED, 0) + 1)
             if sequential:
                 self.enable_sequential_cpu_offload(device=device)
 

@@ -155,11 +155,14 @@ class TextConditionsMixin:
             Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
             where guidance is off.
         """
+        read = [conditions.get(name) for name in self._callback_tensor_inputs]
+        cache = self._context_cache(self.unet, [*read, self._halves(latents, conditions)])
+        added = {to: self._both(conditions, name) for to, name in self._added_conditions.items()}
         return self.unet(
             sample=self._unet_input(latents, timestep, conditions),
             timestep=timestep,
             encoder_hidden_states=self._both(conditions, "prompt_embeds"),
-            added_cond_kwargs={to: self._both(conditions, name) for to, name in self._added_conditions.items()},
+            added_cond_kwargs={**added, "cache": cache},
             return_dict=False,
         )[0]
 
