@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
 from .hub import open_repo, push_saved
+from .movq import MoVQ
 from .optimization import Optimization, optimizable, take_back
 from .options import complete_arguments
 
@@ -60,6 +61,12 @@ class KandinskyPipelineMixin:
     def _autoencoder(self) -> Any:
         """The component between pixels and latents."""
         return self.movq
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        """What the MoVQ's `decode` is told besides; one that is not ours has nothing to switch off."""
+        movq = getattr(self._autoencoder, "_orig_mod", self._autoencoder)  # of a compiled one, the model
+        return {"exact_reference": self._exact_reference} if isinstance(movq, MoVQ) else {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -122,7 +129,11 @@ class KandinskyPipelineMixin:
         return dict(arguments)
 
     def exact_reference(self, enabled: bool = True) -> Self:
-        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""
+        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`.
+
+        It is this pipeline's alone: others that share models with it go on as they were told, but for [`optimize`],
+        which is on the models, and is off meanwhile.
+        """
         self._exact_reference = enabled
         if self._optimization is not None:
             self._reoptimize()
