@@ -153,20 +153,22 @@ class KandinskyPipelineMixin:
 
         What is not possible for a model is left out, and a message says why. The choice holds for the pipeline: it is
         applied anew when models are moved, offloaded or given adapters, and waits while `exact_reference(True)` holds.
-        Pipelines that share models share what is done to them. Weights are saved as ever.
+        For a model that is put in later call it again. Pipelines that share models share what is done to them. Weights
+        are saved as ever.
 
         Args:
             enabled: False takes everything back, whatever the other arguments are.
             channels_last: keep weights of convolutions in `torch.channels_last`.
             fuse_projections: compute queries, keys and values that are of the same input in one matrix product. Not
                 with LoRA, and not where weights are offloaded or quantized.
-            compile: run torch.compile on the repeated blocks of each model (`_repeated_blocks`). The first call at
-                a size compiles, and at the second size compiles for any size. On the CPU only where options are given.
-            cuda_graph: record a model's forward as a CUDA graph at the second call with inputs of the same kind, and
-                replay it from then on. Models of a pipeline share the memory for it; do not run them in several
-                threads at once. Not where weights are offloaded or quantized.
-            attention_backend: as for diffusers' `set_attention_backend`; None leaves it. Not those without masks where
-                attention needs them.
+            compile: run torch.compile on the repeated blocks of each model (`_repeated_blocks`), with these options.
+                The first size of a picture is compiled for, and at the second any other. On the CPU only where
+                options are given.
+            cuda_graph: record the forward of each model as a CUDA graph, the second time that inputs of the same sizes
+                come, and replay it from then on; up to eight for a model. Not where weights are offloaded or
+                quantized. The graphs share memory, so do not run models of one pipeline in several threads at once.
+            attention_backend: as for diffusers' `set_attention_backend`; None leaves it. Models whose attention has
+                masks are left out by one that takes none.
 
         Raises:
             TypeError, ValueError: an argument is not as described.
