@@ -22,7 +22,6 @@ logger = logging.get_logger(__name__)
 
 HOOK = "kandinsky_cuda_graph"
 RECORDINGS = 8  # kept for each model, the last used; each holds its inputs and outputs
-WARM_UPS = 2  # runs before recording, in which libraries choose their kernels
 _OWN_HOOKS = {HOOK, compilation.HOOK}
 
 _PREPARATIONS = ("prefill", "project", "post_process")  # calls of our models that predict nothing
@@ -63,8 +62,7 @@ class CudaRecorder:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    run()
+                run()  # libraries get their memory for this stream
             torch.cuda.current_stream().wait_stream(stream)
             # the pool is that of the graphs there are: one that has lost all of its graphs cannot be used again
             pool = next((graph.pool() for graph in self._graphs), None)

@@ -193,7 +193,8 @@ class DecoderMixin(RunsCalls, StepCacheMixin, KandinskyLoraMixin):
 
         (The published models draw in blocks of 64 pixels; the original crops as well, the stock pipelines do not.)
         """
-        pixels = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True).sample
+        latents = latents.to(self.movq.dtype)
+        pixels = self.movq.decode(latents, force_not_quantize=True, **self._decoding).sample
         return pixels[..., :height, :width]
 
     def _latent_size(self, size: Sequence[int]) -> tuple[int, int]:

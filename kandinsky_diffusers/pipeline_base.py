@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
 from .hub import open_repo, push_saved
+from .movq import MoVQ
 from .optimization import Optimization, optimizable, take_back
 from .options import complete_arguments
 
@@ -60,6 +61,12 @@ class KandinskyPipelineMixin:
     def _autoencoder(self) -> Any:
         """The component between pixels and latents."""
         return self.movq
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        """What the MoVQ's `decode` is told besides; one that is not ours has nothing to switch off."""
+        movq = getattr(self._autoencoder, "_orig_mod", self._autoencoder)  # of a compiled one, the model
+        return {"exact_reference": self._exact_reference} if isinstance(movq, MoVQ) else {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -122,7 +129,11 @@ class KandinskyPipelineMixin:
         return dict(arguments)
 
     def exact_reference(self, enabled: bool = True) -> Self:
-        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""
+        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`.
+
+        It is this pipeline's alone: others that share models with it go on as they were told, but for [`optimize`],
+        which is on the models, and is off meanwhile.
+        """
         self._exact_reference = enabled
         if self._optimization is not None:
             self._reoptimize()
@@ -142,20 +153,22 @@ class KandinskyPipelineMixin:
 
         What is not possible for a model is left out, and a message says why. The choice holds for the pipeline: it is
         applied anew when models are moved, offloaded or given adapters, and waits while `exact_reference(True)` holds.
-        Pipelines that share models share what is done to them. Weights are saved as ever.
+        For a model that is put in later call it again. Pipelines that share models share what is done to them. Weights
+        are saved as ever.
 
         Args:
             enabled: False takes everything back, whatever the other arguments are.
             channels_last: keep weights of convolutions in `torch.channels_last`.
             fuse_projections: compute queries, keys and values that are of the same input in one matrix product. Not
                 with LoRA, and not where weights are offloaded or quantized.
-            compile: run torch.compile on the repeated blocks of each model (`_repeated_blocks`). The first call at
-                a size compiles, and at the second size compiles for any size. On the CPU only where options are given.
-            cuda_graph: record a model's forward as a CUDA graph at the second call with inputs of the same kind, and
-                replay it from then on. Models of a pipeline share the memory for it; do not run them in several
-                threads at once. Not where weights are offloaded or quantized.
-            attention_backend: as for diffusers' `set_attention_backend`; None leaves it. Not those without masks where
-                attention needs them.
+            compile: run torch.compile on the repeated blocks of each model (`_repeated_blocks`), with these options.
+                The first size of a picture is compiled for, and at the second any other. On the CPU only where
+                options are given.
+            cuda_graph: record the forward of each model as a CUDA graph, the second time that inputs of the same sizes
+                come, and replay it from then on; up to eight for a model. Not where weights are offloaded or
+                quantized. The graphs share memory, so do not run models of one pipeline in several threads at once.
+            attention_backend: as for diffusers' `set_attention_backend`; None leaves it. Models whose attention has
+                masks are left out by one that takes none.
 
         Raises:
             TypeError, ValueError: an argument is not as described.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +377,32 @@ def test_what_is_compiled_already_stays_so(caplog: pytest.LogCaptureFixture) -> 
     take_back([model])
     assert model.blocks[0]._compiled_call_impl is own
     assert "`compile` is left out for `unet`: compiled already" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["fuse_projections", "cuda_graph"])
+def test_lora_acts_from_when_it_is_loaded(pipe: Any, caplog: pytest.LogCaptureFixture, part: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    layer = "unet.mid_block.attentions.0.to_v"
+    lora = {f"{layer}.lora_{side}.weight": torch.randn(shape, generator=rng) for side, shape in LORA.items()}
+
+    def drawn() -> list[torch.Tensor]:
+        latents = partial(draw, pipe, num_inference_steps=3, output_type="latent")
+        of_each = [latents()]
+        pipe.load_lora_weights(lora, adapter_name="style")
+        of_each.append(latents())
+        pipe.set_adapters("style", 0.5)
+        of_each.append(latents())
+        pipe.unload_lora_weights()
+        return [*of_each, latents()]
+
+    plain = drawn()
+    pipe._optimization = Optimization({**NOTHING, part: True}, StandIn())
+    pipe._reoptimize()
+    fused = pipe.unet.mid_block.attentions[0].fused_projections
+    torch.testing.assert_close(drawn(), plain, rtol=0, atol=5e-4)
+    assert pipe.unet.mid_block.attentions[0].fused_projections == fused == (part == "fuse_projections")
+    assert ("`fuse_projections` is left out for `unet`: LoRA is loaded" in caplog.text) == fused
+    assert all(not torch.allclose(one, other, atol=5e-3) for one, other in pairwise(plain[:3]))
+
+
+LORA = {"A": (2, 64), "B": (64, 2)}

@@ -320,7 +320,7 @@ class KandiSuperResPipeline(RunsCalls, KandinskyPipelineMixin, DiffusionPipeline
 
     def _refine(self, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         parts = self.movq, self.refiner, self.refiner_scheduler, self.context
-        refiner = Refiner(*parts, device=self._execution_device, generator=generator)
+        refiner = Refiner(*parts, self._execution_device, generator, self._decoding)
         return refiner.decode(refiner.redraw(refiner.encode(pixels)))
 
 

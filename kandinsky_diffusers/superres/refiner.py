@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,13 +28,21 @@ class Refiner:
         context: what the UNet reads in the place of a text.
         device: where the models run.
         generator: for the noise, drawn for each tile.
+        decoding: what else `decode` of the MoVQ is told.
     """
 
     def __init__(
-        self, movq: MoVQ, unet: Any, scheduler: Any, context: Any, device: torch.device, generator: Any = None
+        self,
+        movq: MoVQ,
+        unet: Any,
+        scheduler: Any,
+        context: Any,
+        device: torch.device,
+        generator: Any = None,
+        decoding: Mapping[str, Any] | None = None,
     ):
         self.movq, self.unet, self.scheduler, self.context = movq, unet, scheduler, context
-        self.device, self.generator = device, generator
+        self.device, self.generator, self.decoding = device, generator, decoding or {}
         self._pixels_per_latent = pixels_per_latent(movq)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -50,8 +59,8 @@ class Refiner:
         """Pixels of `latents` `[1, 4, height, width]`; tiles overlap where there are several."""
 
         def decoded(tile: torch.Tensor) -> torch.Tensor:
-            sample = self.movq.decode(tile.to(self.device, self.movq.dtype), force_not_quantize=True).sample
-            return sample.to(latents)
+            tile = tile.to(self.device, self.movq.dtype)
+            return self.movq.decode(tile, force_not_quantize=True, **self.decoding).sample.to(latents)
 
         side = self.movq.tile_sample_min_size // self._pixels_per_latent
         overlap = self.movq.tile_overlap if max(latents.shape[-2:]) > side else 0
