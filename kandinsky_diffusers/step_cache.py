@@ -22,6 +22,15 @@ LEAST_INTERVAL = 2
 ORDERS = (0, 1, 2)
 
 
+class CachesSteps(CacheMixin):
+    """Mixed into UNets: diffusers' way to caches, `enable_cache` and `disable_cache`."""
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        # diffusers asks for it after each call, and would leave an empty registry of hooks on a model without a cache
+        if self.is_cache_enabled:
+            super()._reset_stateful_cache(recurse)
+
+
 class StepCacheMixin:
     """Mixed in before a [`KandinskyPipelineMixin`] with a `unet`."""
 

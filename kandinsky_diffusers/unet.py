@@ -6,18 +6,18 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers import CacheMixin
 from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 
 from .attention import ContextCache, keeps_context, use_dispatched_attention
 from .components import SavedAsStock, what_fixes_forward
+from .step_cache import CachesSteps
 
 
 # `encoder_hid_dim_type` and `addition_embed_type` of 2.1, of 2.2, and of 2.2 with a depth map
 KINDS = (("text_image_proj", "text_image"), ("image_proj", "image"), ("image_proj", "image_hint"))
 
 
-class UNet2DConditionModel(SavedAsStock, CacheMixin, StockUNet2DConditionModel):
+class UNet2DConditionModel(SavedAsStock, CachesSteps, StockUNet2DConditionModel):
     """[`diffusers.UNet2DConditionModel`] that can keep what it computes of the conditions alone.
 
     What prompts, image embeddings and a depth map become, and the keys and values that attention makes of it, look

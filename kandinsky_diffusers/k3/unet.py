@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import CacheMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
@@ -15,12 +14,13 @@ from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNetOutput
 
 from ..components import SavedAsStock
 from ..context_cache import ContextCache
+from ..step_cache import CachesSteps
 from .denoiser import DenoiserMixin, Read, additive_mask
 from .ip_adapter_unet import IPAdapterUNetMixin
 
 
 class Kandinsky3UNet(
-    IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, CacheMixin, PeftAdapterMixin, StockKandinsky3UNet
+    IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, CachesSteps, PeftAdapterMixin, StockKandinsky3UNet
 ):
     """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
 
