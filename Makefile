@@ -29,7 +29,7 @@ help:
 	@echo "              run diffusers' own tests of Kandinsky on our classes (ARGS=--stock: on stock's)"
 	@echo "make check    lint, formatting, types"
 	@echo "make format   let ruff repair what it can"
-	@echo "make bench    time and memory against stock diffusers, at full size"
+	@echo "make bench    time, memory and difference against stock diffusers, at full size (ARGS='--only prior': of that)"
 	@echo "make install  only prepare $(VENV)"
 	@echo "make clean    remove what the others left behind, except $(VENV)"
 
@@ -97,9 +97,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# ARGS="--only prior,2.2 --repeats 3", see `python -m benchmarks --help`
 bench: $(INSTALLED)
-	@for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf build dist demo_output example_output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo_output example_output benchmark_output *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Time and memory of converting a full-size checkpoint, against copying the file and computing its SHA-256.
 
-    python benchmarks/conversion.py [--release 2.1] [--rounds 3] [--folder FOLDER]
+    python -m benchmarks.conversion [--release 2.1] [--rounds 3] [--folder FOLDER]
 
 Builds a release with one main file of the published size (2.1: ``decoder_fp16.ckpt``, 2.5 GB of random numbers; 3.1:
 ``kandinsky3.pt``, 12 GB of zeros) and tiny other parts, then runs both jobs in turn, each in a process of its own, and
@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import anonymous_memory, sampled_peak
+
+from .measure import anonymous_memory, sampled_peak
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,12 +132,22 @@ JOBS = {"convert": run_convert, "copy": run_copy}
 
 def in_new_process(job: str, version: str, release: Path, output: Path) -> dict[str, float]:
     """Run a job in a fresh interpreter."""
-    command = [sys.executable, __file__, "--job", job, "--release", version]
+    command = [sys.executable, "-m", "benchmarks.conversion", "--job", job, "--release", version]
     command += ["--folder", str(release), "--output", str(output)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     shutil.rmtree(output)
     return json.loads(answer.splitlines()[-1])
+
+
+def measure(version: str, folder: Path, rounds: int) -> tuple[int, dict[str, list[dict[str, float]]]]:
+    """Size of the main file in bytes, and of each job what every run of it said."""
+    release = build_release(version, folder / "release")
+    results: dict[str, list[dict[str, float]]] = {job: [] for job in JOBS}
+    for _ in range(rounds):
+        for job in JOBS:
+            results[job].append(in_new_process(job, version, release, folder / "output"))
+    return (release / CASES[version].file).stat().st_size, results
 
 
 def main() -> None:
@@ -152,12 +163,7 @@ def main() -> None:
         print(json.dumps(JOBS[arguments.job](arguments.release, arguments.folder, arguments.output)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        release = build_release(arguments.release, Path(folder) / "release")
-        results: dict[str, list[dict[str, float]]] = {job: [] for job in JOBS}
-        for _ in range(arguments.rounds):
-            for job in JOBS:
-                results[job].append(in_new_process(job, arguments.release, release, Path(folder) / "output"))
-        size = (release / CASES[arguments.release].file).stat().st_size
+        size, results = measure(arguments.release, Path(folder), arguments.rounds)
     convert, copy = (statistics.median(result["seconds"] for result in results[job]) for job in ("convert", "copy"))
     peak = max(result["peak_megabytes"] for result in results["convert"])
     print(f"{CASES[arguments.release].file}: {size / 1e9:.2f} GB, {arguments.rounds} rounds")
@@ -167,5 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

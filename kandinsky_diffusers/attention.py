@@ -14,6 +14,9 @@ from diffusers import attention_backend
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.utils import is_xformers_available
+from torch.utils import _pytree as pytree
+
+from .context_cache import ContextCache, KeyValue, tokens_for
 
 
 # those that add a mask of floats to the scores; flash, sage and XLA take none, Ascend's reads it as booleans
@@ -25,6 +28,10 @@ MASKING_BACKENDS = (
     AttentionBackendName._NATIVE_EFFICIENT,
     AttentionBackendName._NATIVE_MATH,
 )
+
+
+# what `Attention.fuse_projections` of diffusers makes, and of which layers
+FUSED_LAYERS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 
 class KeyValueCache:
@@ -46,6 +53,19 @@ class KeyValueCache:
         return torch.cat([self._key, key], dim=1), torch.cat([self._value, value], dim=1)
 
 
+def _flatten_keys(cache: KeyValueCache) -> tuple[list[Any], None]:
+    return [cache._key, cache._value], None
+
+
+def _unflatten_keys(parts: Any, _: None) -> KeyValueCache:
+    cache = KeyValueCache()
+    cache._key, cache._value = parts
+    return cache
+
+
+pytree.register_pytree_node(KeyValueCache, _flatten_keys, _unflatten_keys)
+
+
 class DispatchedAttnProcessor(AttnProcessor2_0):
     """[`AttnProcessor2_0`] with a choice of backend, and with room for cached keys and values.
 
@@ -59,7 +79,7 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | KeyValue | None = None,
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
@@ -69,7 +89,8 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
         Args:
             attn: the layer with the weights.
             hidden_states: `[batch, tokens, width]` or `[batch, width, height, width of the picture]`.
-            encoder_hidden_states: `[batch, other tokens, other width]` to attend to; None attends to `hidden_states`.
+            encoder_hidden_states: `[batch, other tokens, other width]` to attend to, or what [`project`] has made of
+                them; None attends to `hidden_states`.
             attention_mask: added to the scores; whatever [`Attention.prepare_attention_mask`] takes, or four
                 dimensions that broadcast to `[batch, heads, tokens, keys]`.
             temb: what a spatial norm is conditioned on.
@@ -82,12 +103,14 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = _normed_context(attn, hidden_states, encoder_hidden_states)
 
-        query = _split_heads(attn, attn.to_q(hidden_states))
-        key, value = _split_heads(attn, attn.to_k(context)), _split_heads(attn, attn.to_v(context))
+        if encoder_hidden_states is None:
+            query, key, value = _query_key_value(attn, hidden_states)
+            key = key if attn.norm_k is None else attn.norm_k(key)
+        else:
+            query, both = _split_heads(attn, attn.to_q(hidden_states)), _key_value(self, attn, encoder_hidden_states)
+            key, value = both.key, both.value
         query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
         if cache is not None:
             key, value = cache.join(key, value)
 
@@ -101,6 +124,11 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
         if attn.residual_connection:
             output = output + residual
         return output / attn.rescale_output_factor
+
+    def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
+        """Keys and values of `tokens` `[batch, tokens, width]` other than the layer's own."""
+        key, value = _projected(attn, "to_kv", _normed_context(attn, tokens))
+        return KeyValue(key if attn.norm_k is None else attn.norm_k(key), value)
 
 
 class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
@@ -116,7 +144,7 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | KeyValue | ContextCache | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to the conditions, and then, unless the layer is for cross-attention only, to the picture.
@@ -124,25 +152,36 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         Args:
             attn: the layer with the weights.
             hidden_states: `[batch, channels, height, width]`.
-            encoder_hidden_states: `[batch, tokens, width]`, the conditions.
+            encoder_hidden_states: `[batch, tokens, width]`, the conditions; or what [`project`] has made of them, or a
+                cache that has or makes it.
             attention_mask: added to the scores, as [`Attention.prepare_attention_mask`] takes it.
         """
         residual = hidden_states
         hidden_states = hidden_states.flatten(2)
         pixels = hidden_states.shape[-1]
-        context = _normed_context(attn, hidden_states.transpose(1, 2), encoder_hidden_states)
+        if encoder_hidden_states is None:
+            both = self._project(attn, hidden_states.transpose(1, 2))
+        else:
+            both = _key_value(self, attn, tokens_for(attn, encoder_hidden_states))
+        key, value = both.key, both.value
         hidden_states = attn.group_norm(hidden_states).transpose(1, 2)
 
         query = _split_heads(attn, attn.to_q(hidden_states))
-        key, value = _split_heads(attn, attn.add_k_proj(context)), _split_heads(attn, attn.add_v_proj(context))
         if not attn.only_cross_attention:
-            key = torch.cat([key, _split_heads(attn, attn.to_k(hidden_states))], dim=1)
-            value = torch.cat([value, _split_heads(attn, attn.to_v(hidden_states))], dim=1)
+            own_key, own_value = _projected(attn, "to_kv", hidden_states)
+            key, value = torch.cat([key, own_key], dim=1), torch.cat([value, own_value], dim=1)
 
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
         output = _project_out(attn, _attend(self._attention_backend, query, key, value, attention_mask))
         return output.transpose(1, 2).reshape(residual.shape) + residual
+
+    def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
+        """Keys and values of the conditions `tokens` `[batch, tokens, width]`."""
+        return self._project(attn, _normed_context(attn, tokens))
+
+    def _project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
+        return KeyValue(_split_heads(attn, attn.add_k_proj(tokens)), _split_heads(attn, attn.add_v_proj(tokens)))
 
 
 class ImageAttention(torch.nn.Module):
@@ -161,18 +200,21 @@ class ImageAttention(torch.nn.Module):
         self.to_out_ip = torch.nn.Linear(inner_dim, out_dim)
 
     def forward(
-        self, query: torch.Tensor, tokens: torch.Tensor, backend: AttentionBackendName | None = None
+        self, query: torch.Tensor, tokens: torch.Tensor | KeyValue, backend: AttentionBackendName | None = None
     ) -> torch.Tensor:
         """Attend: `[batch, positions, out_dim]`.
 
         Args:
             query: `[batch, positions, heads, width of a head]`.
-            tokens: `[batch, tokens, token_dim]`.
+            tokens: `[batch, tokens, token_dim]`, or what [`project`] has made of them.
             backend: None for the default.
         """
-        heads = query.shape[2]
-        key, value = (to(tokens).unflatten(-1, (heads, -1)) for to in (self.to_k_ip, self.to_v_ip))
-        return self.to_out_ip(_attend(backend, query, key, value, None))
+        both = tokens if isinstance(tokens, KeyValue) else self.project(tokens, query.shape[2])
+        return self.to_out_ip(_attend(backend, query, both.key, both.value, None))
+
+    def project(self, tokens: torch.Tensor, heads: int) -> KeyValue:
+        """Keys and values of `tokens` `[batch, tokens, token_dim]`."""
+        return KeyValue(*(to(tokens).unflatten(-1, (heads, -1)) for to in (self.to_k_ip, self.to_v_ip)))
 
 
 class IPAdapterAttnProcessor(torch.nn.Module):
@@ -218,7 +260,7 @@ class IPAdapterAttnProcessor(torch.nn.Module):
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | KeyValue,
         attention_mask: torch.Tensor | None = None,
         **text_arguments: Any,
     ) -> torch.Tensor:
@@ -227,12 +269,13 @@ class IPAdapterAttnProcessor(torch.nn.Module):
         Args:
             attn: the layer with the weights.
             hidden_states: `[batch, positions, width]`.
-            encoder_hidden_states: `[batch, text tokens and image tokens, other width]`.
+            encoder_hidden_states: `[batch, text tokens and image tokens, other width]`, or what [`project`] has made
+                of them.
             attention_mask: for the text's tokens.
             text_arguments: what else the processor for the text takes.
         """
-        text_length = encoder_hidden_states.shape[1] - sum(self.token_counts)
-        text, *pictures = encoder_hidden_states.split([text_length, *self.token_counts], dim=1)
+        context: Any = encoder_hidden_states
+        text, *pictures = (context, *context.pictures) if isinstance(context, KeyValue) else self._split(context)
         output = self.text(attn, hidden_states, text, attention_mask, **text_arguments)
         if not any(self.scale):
             return output
@@ -241,6 +284,19 @@ class IPAdapterAttnProcessor(torch.nn.Module):
             if scale:
                 output = output + scale * adapter(query, tokens, self._backend)
         return output
+
+    def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
+        """Keys and values of the text's tokens, and of those of the pictures that count."""
+        text, *pictures = self._split(tokens)
+        of_text = self.text.project(attn, text)
+        of_pictures = [
+            adapter.project(own, attn.heads) if scale else None
+            for adapter, own, scale in zip(self.adapters, pictures, self.scale, strict=True)
+        ]
+        return KeyValue(of_text.key, of_text.value, of_pictures)
+
+    def _split(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        return tokens.split([tokens.shape[1] - sum(self.token_counts), *self.token_counts], dim=1)
 
 
 def text_processor(layer: Any) -> Any:
@@ -253,6 +309,17 @@ def set_text_processor(layer: Any, processor: Any) -> None:
     """Let a layer attend to the text with `processor`; its IP-Adapters, if it has any, stay."""
     adapted = layer.processor
     layer.set_processor(adapted.with_text(processor) if isinstance(adapted, IPAdapterAttnProcessor) else processor)
+
+
+def keeps_context(model: torch.nn.Module) -> bool:
+    """Whether every attention layer of `model` can be given keys and values, see [`ContextCache`]."""
+    return all(hasattr(layer.processor, "project") for layer in _attention_layers(model))
+
+
+def processor_states(model: torch.nn.Module) -> list[Any]:
+    """On which processors, and on which scales of IP-Adapters, keys and values of `model` depend."""
+    processors: list[Any] = [layer.processor for layer in _attention_layers(model)]
+    return [*processors, *(list(own.scale) for own in processors if isinstance(own, IPAdapterAttnProcessor))]
 
 
 _DISPATCHED = {
@@ -305,10 +372,46 @@ def _attention_layers(model: torch.nn.Module) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def _normed_context(attn: Attention, own: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
-    if other is None:
-        return own
-    return attn.norm_encoder_hidden_states(other) if attn.norm_cross else other
+def _key_value(processor: Any, attn: Attention, context: torch.Tensor | KeyValue) -> KeyValue:
+    return context if isinstance(context, KeyValue) else processor.project(attn, context)
+
+
+def _normed_context(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
+    return attn.norm_encoder_hidden_states(tokens) if attn.norm_cross else tokens
+
+
+def _query_key_value(attn: Attention, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Of the same tokens."""
+    if attn.is_cross_attention:  # diffusers does not fuse the queries of such then
+        return [_split_heads(attn, attn.to_q(tokens)), *_projected(attn, "to_kv", tokens)]
+    return _projected(attn, "to_qkv", tokens)
+
+
+def _projected(attn: Attention, name: str, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What the layers `FUSED_LAYERS[name]` make of tokens, in one product where they are fused."""
+    layers, fused = FUSED_LAYERS[name], _fused_layer(attn, name)
+    if fused is None:
+        rows = [getattr(attn, layer)(tokens) for layer in layers]
+    else:
+        rows = fused(tokens).chunk(len(layers), dim=-1)
+    return [_split_heads(attn, part) for part in rows]
+
+
+def _fused_layer(attn: Attention, name: str) -> torch.nn.Linear | None:
+    """One of [`FUSED_LAYERS`], as long as it computes what the layers do that it was made of.
+
+    It does not where one of these has been given LoRA, or other weights by offloading or moving, or is trained.
+    """
+    fused = getattr(attn, name, None)
+    if fused is None or torch.is_grad_enabled():
+        return None
+    layers = [getattr(attn, part) for part in FUSED_LAYERS[name]]
+    if any(type(layer) is not torch.nn.Linear for layer in layers):
+        return None
+    if torch.compiler.is_compiling():  # addresses cannot be seen then
+        return fused
+    address = fused.weight.untyped_storage().data_ptr()
+    return fused if all(layer.weight.untyped_storage().data_ptr() == address for layer in layers) else None
 
 
 def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:

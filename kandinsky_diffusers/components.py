@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, VQModel
+from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 T = TypeVar("T")
+
+FIXED_BY = ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "forward")
 
 
 class SavedAsStock:
@@ -84,9 +87,14 @@ def view_as(component: Any, cls: type[T]) -> T:
         return component
     if not issubclass(cls, type(component)):
         raise TypeError(f"`cls` is {cls.__name__}; accepted are classes that extend {type(component).__name__}.")
+    if name := what_fixes_forward(component, cls):
+        raise ValueError(
+            f"`{type(component).__name__}` was offloaded, hooked or compiled (`{name}`) before a Kandinsky "
+            "pipeline took it; its old `forward` would go on running. Hand it over first, and then call "
+            "`enable_model_cpu_offload()`, `enable_group_offload()` or `compile()`."
+        )
     hook = _detach_placement(component)
-    _remove_leftovers(component, cls)
-    _check_forward_is_free(component)
+    remove_leftovers(component, cls)
     view: Any = cls.__new__(cls)
     object.__setattr__(view, "__dict__", vars(component))
     if issubclass(cls, SavedAsStock):
@@ -98,6 +106,26 @@ def view_as(component: Any, cls: type[T]) -> T:
     return view
 
 
+def what_fixes_forward(component: Any, cls: type) -> str | None:
+    """The attribute by which offloading, a hook or a compiler has fixed the `forward` of a model, if anything has.
+
+    What hooks leave behind when they are removed does not count, nor does the hook of `device_map=...`, which moves
+    along.
+    """
+    state = vars(component)
+    fixed = [name for name in FIXED_BY if state.get(name) is not None]
+    if "_diffusers_hook" in fixed and not state["_diffusers_hook"].hooks:
+        fixed.remove("_diffusers_hook")
+    if _placement(component) is not None:
+        fixed.remove("_hf_hook")
+        forward = state.get("_old_forward")
+    else:
+        forward = state.get("forward")
+    if "forward" in fixed and getattr(forward, "__func__", None) in (type(component).forward, cls.forward):
+        fixed.remove("forward")
+    return fixed[0] if fixed else None
+
+
 @functools.cache
 def _better_classes() -> dict[type, type[SavedAsStock]]:
     # imported here, because they are built on this module
@@ -105,47 +133,44 @@ def _better_classes() -> dict[type, type[SavedAsStock]]:
     from .movq import MoVQ
     from .prior import CachedPriorTransformer
     from .schedulers import Kandinsky3DDPMScheduler, KandinskyUnCLIPScheduler
+    from .unet import UNet2DConditionModel
 
     return {
         StockKandinsky3UNet: Kandinsky3UNet,
         VQModel: MoVQ,
         PriorTransformer: CachedPriorTransformer,
+        StockUNet2DConditionModel: UNet2DConditionModel,
         UnCLIPScheduler: KandinskyUnCLIPScheduler,
         DDPMScheduler: Kandinsky3DDPMScheduler,
     }
 
 
-def _detach_placement(component: Any) -> Any:
-    """Take off the hook of `device_map=...`, which a pipeline's components have before the pipeline sees them."""
+def _placement(component: Any) -> Any:
+    """The hook of `device_map=...`, which a pipeline's components have before the pipeline sees them."""
     if not isinstance(component, torch.nn.Module) or not hasattr(component, "_hf_hook"):
         return None
-    from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+    from accelerate.hooks import AlignDevicesHook
 
     hook = component._hf_hook
-    if not isinstance(hook, AlignDevicesHook) or hook.offload:
-        return None
-    remove_hook_from_module(component)
+    return hook if isinstance(hook, AlignDevicesHook) and not hook.offload else None
+
+
+def _detach_placement(component: Any) -> Any:
+    hook = _placement(component)
+    if hook is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(component)
     return hook
 
 
-def _remove_leftovers(component: Any, cls: type) -> None:
+def remove_leftovers(component: Any, cls: type) -> None:
     """Drop what removed hooks leave behind, on `component` or on an earlier view of it that shares its state.
 
-    It is an empty registry, and the class's own `forward` as an attribute.
+    It is an empty registry, and the class's own `forward` as an attribute. `cls` extends the class of `component`.
     """
     state = vars(component)
     if "_diffusers_hook" in state and not state["_diffusers_hook"].hooks:
         del state["_diffusers_hook"]
     if "forward" in state and getattr(state["forward"], "__func__", None) in (type(component).forward, cls.forward):
         del state["forward"]
-
-
-def _check_forward_is_free(component: Any) -> None:
-    state = vars(component)
-    for name in ("_hf_hook", "_diffusers_hook", "_compiled_call_impl", "forward"):
-        if state.get(name) is not None:
-            raise ValueError(
-                f"`{type(component).__name__}` was offloaded, hooked or compiled (`{name}`) before a Kandinsky "
-                "pipeline took it; its old `forward` would go on running. Hand it over first, and then call "
-                "`enable_model_cpu_offload()`, `enable_group_offload()` or `compile()`."
-            )

@@ -23,6 +23,7 @@ from .inputs import as_prompts, as_weights, beautified, check_counts
 from .lora import KandinskyLoraMixin
 from .options import Pictures
 from .prior_call import check_mixable
+from .step_cache import StepCacheMixin
 
 
 LOADING_OPTIONS = (
@@ -75,7 +76,7 @@ def _given_prior() -> Iterator[None]:
         _prior_is_given.reset(token)
 
 
-class ConnectedPriorMixin(KandinskyLoraMixin):
+class ConnectedPriorMixin(StepCacheMixin, KandinskyLoraMixin):
     """Mixed in before a stock combined pipeline, whose components of the prior are named `prior_...`."""
 
     _load_connected_pipes = _LoadsConnectedPipes()
@@ -83,7 +84,6 @@ class ConnectedPriorMixin(KandinskyLoraMixin):
     _prior_class: type
     _decoder_class: type
 
-    enable_sequential_cpu_offload = DiffusionPipeline.enable_sequential_cpu_offload
     progress_bar = DiffusionPipeline.progress_bar
     set_progress_bar_config = DiffusionPipeline.set_progress_bar_config
 

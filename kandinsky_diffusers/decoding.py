@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from . import sampling
+from .guidance_interval import ConditionalHalf, guided_steps
 from .images import OUTPUT_TYPES, latent_size, pad_to, pixels_from, pixels_to
 from .inputs import (
     as_prompts,
@@ -29,7 +31,9 @@ from .inputs import (
 )
 from .lora import KandinskyLoraMixin
 from .options import Pictures
+from .running import RunningCall, RunsCalls
 from .schedulers import noise_to, start_at
+from .step_cache import CachedSteps, StepCacheMixin
 
 
 Conditions = dict[str, torch.Tensor]
@@ -94,7 +98,7 @@ class Call:
         return replace(self, text=replace(self.text, prompt=beautified(as_prompts(self.text.prompt), beautifier)))
 
 
-class DecoderMixin(KandinskyLoraMixin):
+class DecoderMixin(RunsCalls, StepCacheMixin, KandinskyLoraMixin):
     """Mixed in before a stock pipeline; it works with the components `unet`, `scheduler` and an autoencoder.
 
     A pipeline's `__call__` hands its arguments to `_generate`. A family defines what to check and to encode, a task
@@ -189,7 +193,8 @@ class DecoderMixin(KandinskyLoraMixin):
 
         (The published models draw in blocks of 64 pixels; the original crops as well, the stock pipelines do not.)
         """
-        pixels = self.movq.decode(latents.to(self.movq.dtype), force_not_quantize=True).sample
+        latents = latents.to(self.movq.dtype)
+        pixels = self.movq.decode(latents, force_not_quantize=True, **self._decoding).sample
         return pixels[..., :height, :width]
 
     def _latent_size(self, size: Sequence[int]) -> tuple[int, int]:
@@ -218,8 +223,10 @@ class DecoderMixin(KandinskyLoraMixin):
     def _plan(self, arguments: Mapping[str, Any]) -> tuple[Call, torch.Tensor, torch.Tensor | None]:
         """The call, checked, and what [`_timesteps`] says; no model runs."""
         call = self._check(arguments)
-        self.scheduler.set_timesteps(call["num_inference_steps"], device=self._execution_device)
-        return call, *self._timesteps(call)
+        self.scheduler.set_timesteps(call["num_inference_steps"])  # on the host, see `RunningCall`
+        timesteps, noise_timestep = self._timesteps(call)
+        guided_steps(len(timesteps), call["guidance_interval"])
+        return call, timesteps, noise_timestep
 
     def _check_common(self, arguments: Mapping[str, Any], prompts: int) -> Call:
         """What all decoders check, and what follows from it.
@@ -300,7 +307,7 @@ class DecoderMixin(KandinskyLoraMixin):
 
     def _unet_input(self, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Scaled latents for each half; an inpainting UNet gets the known ones and the mask too, empty by default."""
-        scaled = self.scheduler.scale_model_input(latents, timestep)
+        scaled = self.scheduler.scale_model_input(latents, self._on_host(timestep))
         sample = torch.cat([scaled] * self._halves(latents, conditions))
         if self._unet_sees_known:
             empty = {"masked_image": torch.zeros_like(latents), "mask_image": torch.zeros_like(latents[:, :1])}
@@ -310,11 +317,15 @@ class DecoderMixin(KandinskyLoraMixin):
         return sample
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """Guidance; a predicted variance is kept where the scheduler uses one, and is left out of everything else."""
         channels = latents.shape[1]
-        if len(prediction) != len(latents):
-            prediction = sampling.guide_keep_variance(prediction, self.guidance_scale, channels)
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        return prediction if learned else prediction[:, :channels]
+        prediction = prediction if learned else prediction[:, :channels]
+        if len(prediction) == len(latents):
+            return prediction
+        if prediction.shape[1] == channels:
+            return sampling.guide_from_uncond(prediction, self.guidance_scale)
+        return sampling.guide_keep_variance(prediction, self.guidance_scale, channels)
 
     def _denoise(
         self,
@@ -329,14 +340,27 @@ class DecoderMixin(KandinskyLoraMixin):
         accepted = inspect.signature(self.scheduler.step).parameters
         step = partial(self.scheduler.step, **{k: v for k, v in offered.items() if k in accepted})
         self._num_timesteps = len(timesteps)
-        return sampling.denoise(
-            latents,
-            self.progress_bar(timesteps),
-            predict=lambda x, t: self.predict_noise(x, t, conditions),
-            combine=lambda prediction: self._combine(prediction, latents),
-            step=lambda prediction, t, x: step(prediction, t, x).prev_sample,
-            on_step_end=on_step_end,
-        )
+        running = RunningCall(timesteps, latents.device, watched=callback_for(call.arguments) is not None)
+        with self._as_running(running):
+            return sampling.denoise(
+                latents,
+                self.progress_bar(running.timesteps),
+                predict=self._predict(conditions, guided_steps(len(timesteps), call["guidance_interval"])),
+                combine=lambda prediction: self._combine(prediction, latents),
+                step=lambda prediction, t, x: step(prediction, running.on_host(t), x).prev_sample,
+                on_step_end=on_step_end,
+            )
+
+    def _predict(self, conditions: Conditions, guided: range) -> sampling.Predict:
+        """What runs the network at each step, without the unconditional half where the step is not among `guided`."""
+        steps, conditional, cached = itertools.count(), ConditionalHalf(), CachedSteps(self.unet)
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            shown = conditions if next(steps) in guided else conditional.of(conditions, len(latents))
+            with cached.step(self._halves(latents, shown), shown):
+                return self.predict_noise(latents, timestep, shown)
+
+        return predict
 
 
 class Img2ImgMixin:

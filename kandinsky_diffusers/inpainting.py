@@ -17,7 +17,7 @@ from . import sampling
 from .decoding import Call, Conditions
 from .images import Images, grow_repainted, masks_from, pixels_to, resize_mask
 from .inputs import check_at_least, check_strength
-from .schedulers import noise_to, start_at
+from .schedulers import looks_up_on_host, noise_to, start_at
 
 
 logger = logging.get_logger(__name__)
@@ -120,6 +120,9 @@ def reimpose_known(
             shape; and `mask_image`, `[batch or 2 * batch, 1, height, width]`, 1 keeps, which a callback may change.
         then: what else is called after each step.
     """
+
+    if not looks_up_on_host(scheduler):
+        timesteps = timesteps.to(conditions["known_latents"].device)  # all at once, see `RunningCall`
 
     def on_step_end(index: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         known, keep_mask = conditions["known_latents"], conditions["mask_image"][-len(latents) :]

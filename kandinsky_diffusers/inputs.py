@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -166,6 +167,15 @@ def check_share(name: str, value: float) -> None:
     """Raises ValueError where `value` is not in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` is {value}; accepted is 0 to 1.")
+
+
+def check_interval(name: str, value: Any) -> None:
+    """Raises TypeError where `value` is no pair of numbers, ValueError where they are not 0 <= start < end <= 1."""
+    told = f"`{name}` is {value!r}; accepted are two numbers, start and end, with 0 <= start < end <= 1."
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(end, Real) for end in value):
+        raise TypeError(told)
+    if not 0.0 <= value[0] < value[1] <= 1.0:
+        raise ValueError(told)
 
 
 def check_choice(name: str, value: Any, accepted: Sequence[Any]) -> None:

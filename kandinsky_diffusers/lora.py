@@ -17,6 +17,7 @@ from .lora_files import ALPHA, find_lora, lora_from, prefix_of, read_lora
 from .lora_fit import config_for, parts_for
 
 
+LAYERS_CHANGED = "_times_lora_layers_changed"  # of a model: how often
 _SCALING_BEFORE_FUSING = "scaling_before_fusing"
 
 
@@ -355,15 +356,17 @@ class KandinskyLoraMixin(LoraBaseMixin):
                 "Models of this pipeline are offloaded layer by layer, but not by its own "
                 "`enable_sequential_cpu_offload()`. Load and fuse LoRAs first, and offload then."
             )
-        if sequential:
-            self.remove_all_hooks()
-        try:
-            yield
-        finally:
-            for model in models.values():
-                model.delete_adapters(())  # which makes diffusers renew the hooks of group offload
+        with self._weights_change():
             if sequential:
-                self.enable_sequential_cpu_offload(device=device)
+                self.remove_all_hooks()
+            try:
+                yield
+            finally:
+                for model in models.values():
+                    model.delete_adapters(())  # which makes diffusers renew the hooks of group offload
+                    setattr(model, LAYERS_CHANGED, getattr(model, LAYERS_CHANGED, 0) + 1)
+                if sequential:
+                    self.enable_sequential_cpu_offload(device=device)
 
 
 def _require_peft() -> None:

@@ -136,9 +136,13 @@ class TextConditionsMixin:
         # a pipeline for texts alone may be built without a UNet
         return (self.text_encoder if self.unet is None else self.unet).dtype
 
-    def _both(self, conditions: Conditions, name: str) -> torch.Tensor:
-        """A condition for the network: the unconditional half first, where there is guidance."""
-        if not self.do_classifier_free_guidance:
+    def _halves(self, latents: torch.Tensor, conditions: Conditions) -> int:
+        """2 where there is guidance, and negative conditions, which steps that are not guided do not see."""
+        return 2 if self.do_classifier_free_guidance and "negative_prompt_embeds" in conditions else 1
+
+    def _both(self, conditions: Conditions, name: str, halves: int) -> torch.Tensor:
+        """A condition for the network: the unconditional half first, where there are both."""
+        if halves == 1:
             return conditions[name]
         return torch.cat([conditions[f"negative_{name}"], conditions[name]])
 
@@ -155,11 +159,15 @@ class TextConditionsMixin:
             Noise and variance, `[2 * batch, 8, height, width]` with the unconditional half first, or `[batch, 8, ...]`
             where guidance is off.
         """
+        halves = self._halves(latents, conditions)
+        read = [conditions.get(name) for name in self._callback_tensor_inputs]
+        cache = self._context_cache(self.unet, [*read, halves])
+        added = {to: self._both(conditions, name, halves) for to, name in self._added_conditions.items()}
         return self.unet(
             sample=self._unet_input(latents, timestep, conditions),
             timestep=timestep,
-            encoder_hidden_states=self._both(conditions, "prompt_embeds"),
-            added_cond_kwargs={to: self._both(conditions, name) for to, name in self._added_conditions.items()},
+            encoder_hidden_states=self._both(conditions, "prompt_embeds", halves),
+            added_cond_kwargs={**added, "cache": cache},
             return_dict=False,
         )[0]
 

@@ -10,6 +10,7 @@ Both counts are the same on every machine, and need no memory of their own where
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,8 +26,8 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
     Inputs and weights that were there before do not count, views and in-place results count once, and tensors of all
     devices are added up. Not seen is what lives only within one operator: scratch memory of oneDNN, cuDNN and other
-    libraries, such as copies in another memory layout; and what an allocator keeps of freed memory. A process can
-    therefore need more.
+    libraries, such as copies in another memory layout; tensors in the layout of oneDNN, as between `to_mkldnn()` and
+    `to_dense()`; and what an allocator keeps of freed memory. A process can therefore need more.
 
     Args:
         function: run once, in the calling thread. A `FakeTensorMode` has to be entered around this call.
@@ -44,7 +45,11 @@ def flops(function: Callable[[], Any]) -> int:
     Args:
         function: run once, in the calling thread. A `FakeTensorMode` has to be entered around this call.
     """
-    missing = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # in torch's own table
+    aten = torch.ops.aten
+    missing = {  # in torch's own table
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten.mkldnn_linear: _linear_flops,
+    }
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         function()
     return counter.get_total_flops()
@@ -86,5 +91,11 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return sdpa_flop_count(query, key, value)
 
 
+def _linear_flops(rows: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Likewise."""
+    return 2 * math.prod(rows) * weight[0]
+
+
 def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn]  # such a tensor has none

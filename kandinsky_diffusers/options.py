@@ -61,11 +61,15 @@ class DrawingOptions(SamplingOptions, total=False):
         output_type: `"pil"`, `"np"` or `"pt"` (values in [0, 1]), or `"latent"`.
         callback: older form of `callback_on_step_end`: called with index, timestep and latents.
         callback_steps: `callback` is called at every such step; None means each.
+        guidance_interval: start and end, shares of the run, between which guidance acts, from 0 before the first step
+            to 1 after the last (see [`guidance_interval.guided_steps`]). Anything else than (0, 1) is approximate: the
+            other steps run without the unconditional half, at half the cost.
     """
 
     output_type: Annotated[str, "pil"]
     callback: Annotated[Callable[[int, int, torch.Tensor], None] | None, None]
     callback_steps: Annotated[int | None, 1]
+    guidance_interval: Annotated[tuple[float, float], (0.0, 1.0)]
 
 
 class DecoderOptions(DrawingOptions, total=False):

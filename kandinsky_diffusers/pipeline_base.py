@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
 from huggingface_hub import CommitInfo
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from .attention import enable_xformers, use_dispatched_attention
 from .components import adopt, stock_identity
 from .hub import open_repo, push_saved
+from .movq import MoVQ
+from .optimization import Optimization, optimizable, take_back
 from .options import complete_arguments
 
 
@@ -40,6 +42,8 @@ class KandinskyPipelineMixin:
     """
 
     _exact_reference = False
+    _optimization: Optimization | None = None
+    _weights_are_changing = False
     _float32_components: tuple[str, ...] = ()  # half precision is not for these
     _adopted_schedulers: tuple[str, ...] = ()  # components for which a scheduler of ours may replace the stock one
 
@@ -57,6 +61,12 @@ class KandinskyPipelineMixin:
     def _autoencoder(self) -> Any:
         """The component between pixels and latents."""
         return self.movq
+
+    @property
+    def _decoding(self) -> dict[str, Any]:
+        """What the MoVQ's `decode` is told besides; one that is not ours has nothing to switch off."""
+        movq = getattr(self._autoencoder, "_orig_mod", self._autoencoder)  # of a compiled one, the model
+        return {"exact_reference": self._exact_reference} if isinstance(movq, MoVQ) else {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -82,6 +92,10 @@ class KandinskyPipelineMixin:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As diffusers does; in a family whose MoVQ needs float32, half precision leaves it as it is."""
+        with self._weights_change():
+            return self._moved(*args, **kwargs)
+
+    def _moved(self, *args: Any, **kwargs: Any) -> Self:
         dtype = kwargs.get("dtype", next((value for value in args if isinstance(value, torch.dtype)), None))
         if dtype not in HALF_PRECISION or not self._float32_components:
             return super().to(*args, **kwargs)
@@ -115,9 +129,87 @@ class KandinskyPipelineMixin:
         return dict(arguments)
 
     def exact_reference(self, enabled: bool = True) -> Self:
-        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`."""
+        """Switch off, or on again, every saving that moves last bits, such as the prior's cache; returns `self`.
+
+        It is this pipeline's alone: others that share models with it go on as they were told, but for [`optimize`],
+        which is on the models, and is off meanwhile.
+        """
         self._exact_reference = enabled
+        if self._optimization is not None:
+            self._reoptimize()
         return self
+
+    def optimize(
+        self,
+        enabled: bool = True,
+        *,
+        channels_last: bool = True,
+        fuse_projections: bool = True,
+        compile: bool | Mapping[str, Any] = True,
+        cuda_graph: bool = True,
+        attention_backend: str | None = None,
+    ) -> Self:
+        """Make the models faster by what moves only last bits, or take that back; returns `self`.
+
+        What is not possible for a model is left out, and a message says why. The choice holds for the pipeline: it is
+        applied anew when models are moved, offloaded or given adapters, and waits while `exact_reference(True)` holds.
+        For a model that is put in later call it again. Pipelines that share models share what is done to them. Weights
+        are saved as ever.
+
+        Args:
+            enabled: False takes everything back, whatever the other arguments are.
+            channels_last: keep weights of convolutions in `torch.channels_last`.
+            fuse_projections: compute queries, keys and values that are of the same input in one matrix product. Not
+                with LoRA, and not where weights are offloaded or quantized.
+            compile: run torch.compile on the repeated blocks of each model (`_repeated_blocks`), with these options.
+                The first size of a picture is compiled for, and at the second any other. On the CPU only where
+                options are given.
+            cuda_graph: record the forward of each model as a CUDA graph, the second time that inputs of the same sizes
+                come, and replay it from then on; up to eight for a model. Not where weights are offloaded or
+                quantized. The graphs share memory, so do not run models of one pipeline in several threads at once.
+            attention_backend: as for diffusers' `set_attention_backend`; None leaves it. Models whose attention has
+                masks are left out by one that takes none.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+        """
+        if not isinstance(enabled, bool):
+            raise TypeError(f"`enabled` is {enabled!r}; accepted is True or False.")
+        settings = {
+            "channels_last": channels_last,
+            "fuse_projections": fuse_projections,
+            "compile": compile,
+            "cuda_graph": cuda_graph,
+            "attention_backend": attention_backend,
+        }
+        optimization = Optimization(settings)
+        if not enabled or self._optimization is None or optimization.chosen != self._optimization.chosen:
+            take_back(optimizable(self.components).values())
+            self._optimization = optimization if enabled else None
+        self._reoptimize()
+        return self
+
+    def _reoptimize(self) -> None:
+        """Bring the models in line with what was chosen."""
+        models = optimizable(self.components)
+        if self._exact_reference:
+            take_back(models.values())
+        elif self._optimization is not None:
+            self._optimization.apply(models)
+
+    @contextmanager
+    def _weights_change(self) -> Iterator[None]:
+        """Around what moves or replaces weights, or puts hooks on models: what cannot stay is off meanwhile."""
+        if self._optimization is None or self._weights_are_changing:
+            yield
+            return
+        take_back(optimizable(self.components).values(), keep_what_stays=True)
+        self._weights_are_changing = True
+        try:
+            yield
+        finally:
+            self._weights_are_changing = False
+            self._reoptimize()
 
     def save_pretrained(
         self,
@@ -193,6 +285,21 @@ class KandinskyPipelineMixin:
             self.save_pretrained(folder, safe_serialization, variant)
             return push_saved(self, folder, repo_id, variant=variant, subfolder=subfolder, **options)
 
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does; what `optimize` cannot do with weights that move is left out from then on."""
+        with self._weights_change():
+            super().enable_model_cpu_offload(*args, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does, likewise; and not as its combined pipelines do, which hook parts of themselves."""
+        with self._weights_change():
+            DiffusionPipeline.enable_sequential_cpu_offload(self, *args, **kwargs)  # pyright: ignore
+
+    def remove_all_hooks(self) -> None:
+        """As diffusers does; what `optimize` had left out because of them is done."""
+        with self._weights_change():
+            super().remove_all_hooks()
+
     def enable_group_offload(
         self,
         onload_device: torch.device,
@@ -205,6 +312,17 @@ class KandinskyPipelineMixin:
 
         In one folder the files of layers that are called the same in two models would overwrite each other.
         """
+        with self._weights_change():
+            self._offload_groups(onload_device, args, offload_to_disk_path, exclude_modules, options)
+
+    def _offload_groups(
+        self,
+        onload_device: torch.device,
+        args: tuple[Any, ...],
+        offload_to_disk_path: str | os.PathLike | None,
+        exclude_modules: str | list[str] | None,
+        options: dict[str, Any],
+    ) -> None:
         if offload_to_disk_path is None:
             super().enable_group_offload(onload_device, *args, exclude_modules=exclude_modules, **options)
             return

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import PriorTransformer
 from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .attention import DispatchedAttnProcessor, KeyValueCache, use_dispatched_attention
 from .components import SavedAsStock
@@ -33,6 +34,11 @@ class PriorPrefix:
     attention_mask: torch.Tensor
 
 
+pytree.register_pytree_node(
+    PriorPrefix, lambda prefix: ([prefix.caches, prefix.attention_mask], None), lambda parts, _: PriorPrefix(*parts)
+)
+
+
 class CachedPriorTransformer(SavedAsStock, PriorTransformer):
     """[`PriorTransformer`] that can compute what does not depend on the step once, instead of at every step.
 
@@ -45,6 +51,8 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
 
     Without these two arguments it is the stock class. The model itself remembers nothing.
     """
+
+    _repeated_blocks = ("BasicTransformerBlock",)
 
     @functools.wraps(PriorTransformer.__init__)  # from_config reads the names of the arguments from it
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -234,25 +242,6 @@ def _check_arguments(mode: str, needed: dict[str, Any], refused: dict[str, Any] 
     superfluous = [name for name, value in (refused or {}).items() if value is not None]
     if superfluous:
         raise ValueError(f"with {mode}, these arguments have no meaning: {', '.join(superfluous)}.")
-
-
-class PrefixOfCall:
-    """The prior's cache of one call, made anew when a callback has replaced a condition."""
-
-    def __init__(self, prior: Any, enabled: bool):
-        self._prior = prior if enabled and getattr(prior, "supports_prefix", False) else None
-        self._made_of: list[torch.Tensor] = []
-        self._prefix: Any = None
-
-    def of(self, conditions: dict[str, torch.Tensor]) -> Any:
-        """What `predict_noise` may use instead of the conditions, None where there is no cache."""
-        if self._prior is None:
-            return None
-        tensors = list(conditions.values())
-        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self._made_of]:
-            self._made_of = tensors
-            self._prefix = self._prior(prefill=True, **arguments_of(conditions))
-        return self._prefix
 
 
 def arguments_of(conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -35,8 +35,9 @@ from .inputs import (
 from .lora import KandinskyLoraMixin
 from .options import Generators, PriorOptions, Prompts, accepts
 from .pipeline_base import KandinskyPipelineMixin
-from .prior import CachedPriorTransformer, PrefixOfCall, arguments_of
+from .prior import CachedPriorTransformer, PriorPrefix, arguments_of
 from .prior_call import PriorCall, as_scale, check_mixable, texts_of
+from .running import RunningCall, RunsCalls
 from .schedulers import KandinskyUnCLIPScheduler
 from .text import tokenize
 
@@ -46,7 +47,7 @@ CONDITIONS = ("prompt_embeds", "text_encoder_hidden_states", "text_mask")
 Embedded = KandinskyPriorPipelineOutput | tuple[Any, Any]
 
 
-class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipeline):
+class PriorPipeline(RunsCalls, KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipeline):
     """Base of the prior pipelines.
 
     The part of the prior that does not depend on the step is computed once per call; `exact_reference(True)` switches
@@ -201,7 +202,7 @@ class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipelin
             TypeError, ValueError: an argument is not as described; it is named.
         """
         call = self._check({**options, **locals()})
-        self.scheduler.set_timesteps(call["num_inference_steps"], device=self._execution_device)
+        self.scheduler.set_timesteps(call["num_inference_steps"])  # on the host, see `RunningCall`
         return self._embed(call, self.scheduler.timesteps, self._noise(call))
 
     def _check(self, arguments: Mapping[str, Any]) -> PriorCall:
@@ -270,23 +271,31 @@ class PriorPipeline(KandinskyLoraMixin, KandinskyPipelineMixin, DiffusionPipelin
         def step(prediction: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             if "prev_timestep" in accepted:
                 options["prev_timestep"] = next(following)
-            make = partial(self.scheduler.step, timestep=timestep, **options)
+            make = partial(self.scheduler.step, timestep=running.on_host(timestep), **options)
             if type(self.scheduler) is UnCLIPScheduler and isinstance(generator, list):
                 return _step_each(make, prediction, sample, generator)
             if "generator" in accepted:
                 make.keywords["generator"] = generator
             return make(prediction, sample=sample).prev_sample
 
-        prefix = PrefixOfCall(self.prior, enabled=not self._exact_reference)
-        steps: Any = self.progress_bar(timesteps)  # pyright: ignore
-        return sampling.denoise(
-            latents,
-            steps,
-            predict=lambda x, t: self.predict_noise(x, t, conditions, prefix.of(conditions)),
-            combine=lambda prediction: self._combine(prediction, latents),
-            step=step,
-            on_step_end=on_step_end,
-        )
+        running = RunningCall(timesteps, latents.device, watched=on_step_end is not None)
+        steps: Any = self.progress_bar(running.timesteps)  # pyright: ignore
+        with self._as_running(running):
+            return sampling.denoise(
+                latents,
+                steps,
+                predict=lambda x, t: self.predict_noise(x, t, conditions, self._prefix(running, conditions)),
+                combine=lambda prediction: self._combine(prediction, latents),
+                step=step,
+                on_step_end=on_step_end,
+            )
+
+    def _prefix(self, running: RunningCall, conditions: dict[str, torch.Tensor]) -> PriorPrefix | None:
+        """What `predict_noise` may use instead of the conditions, None where there is no cache."""
+        if self._exact_reference or not getattr(self.prior, "supports_prefix", False):
+            return None
+        make = partial(self.prior, prefill=True, **arguments_of(conditions))
+        return running.once(self.prior, list(conditions.values()), make)
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         if len(prediction) == len(latents):

@@ -146,4 +146,7 @@ def _drawn(
 ) -> torch.Tensor:
     place = None if device is None else torch.device(device)
     source = place if generator is None else generator.device
-    return randn_tensor(tuple(shape), generator=generator, device=source, dtype=dtype).to(place)
+    noise = randn_tensor(tuple(shape), generator=generator, device=source, dtype=dtype)
+    if place is None or place.type != "cuda" or noise.device.type != "cpu":
+        return noise.to(place)
+    return noise.pin_memory().to(place, non_blocking=True)  # the host does not wait for what the device still computes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import VQModel
+from diffusers.models.attention_processor import SpatialNorm
 
 from kandinsky_diffusers.components import adopt
-from kandinsky_diffusers.movq import MoVQ
+from kandinsky_diffusers.movq import AtLatentSize, MoVQ
+from tests.support.parity import MODULE, assert_close
 
 
 SCALE = 4  # pixels per latent pixel of the tiny model
@@ -55,20 +58,25 @@ def latents(height: int, width: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 4, height, width)
 
 
+def norms(model: VQModel) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, SpatialNorm)]
+
+
 def assert_equals_stock(movq: MoVQ, stock: VQModel, image: torch.Tensor, code: torch.Tensor) -> None:
     assert torch.equal(movq.encode(image).latents, stock.encode(image).latents)
     for unquantized in (True, False):
         actual, expected = movq.decode(code, unquantized), stock.decode(code, unquantized)
-        assert torch.equal(actual.sample, expected.sample)
+        assert_close(actual.sample, expected.sample, MODULE)
         torch.testing.assert_close(actual.commit_loss, expected.commit_loss)
+        assert torch.equal(movq.decode(code, unquantized, exact_reference=True).sample, expected.sample)
 
 
 def test_equals_stock(movq: MoVQ, stock: VQModel) -> None:
     image, code = pixels(24, 40, 2), latents(6, 11, 2)
     assert_equals_stock(movq, stock, image, code)
-    assert torch.equal(movq(image).sample, stock(image).sample)
+    assert_close(movq(image).sample, stock(image).sample, MODULE)
     assert torch.equal(movq.encode(image, return_dict=False)[0], stock.encode(image).latents)
-    assert torch.equal(movq.decode(code, return_dict=False)[0], stock.decode(code).sample)
+    assert torch.equal(movq.decode(code, return_dict=False, exact_reference=True)[0], stock.decode(code).sample)
 
 
 def test_codebook_indices_are_decoded_as_in_stock() -> None:
@@ -83,6 +91,74 @@ def test_codebook_indices_are_decoded_as_in_stock() -> None:
 def test_quantizing_in_parts_changes_nothing(movq: MoVQ, stock: VQModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kandinsky_diffusers.movq.QUANTIZED_AT_ONCE", 40)
     assert_equals_stock(movq, stock, pixels(8, 8), latents(9, 11, 2))
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+@pytest.mark.parametrize("size", [(6, 11), (1, 5), (1, 1)])
+def test_scale_and_shift_are_made_at_the_size_of_the_latents(movq: MoVQ, size: tuple[int, int]) -> None:
+    code = latents(*size, 2)
+    sizes, stretched = [], []
+    convolutions = [conv for norm in norms(movq) for conv in (norm.conv_y, norm.conv_b)]
+    for conv in convolutions:
+        conv.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-2:]))
+        conv.register_forward_hook(lambda module, inputs, output: stretched.append(output.shape[-2:]))
+    movq.decode(code)
+    assert sizes == stretched == [size] * len(convolutions)
+    movq.decode(code, exact_reference=True)
+    assert max(sizes) == (SCALE * size[0], SCALE * size[1])
+
+
+def test_norms_in_any_layout(stock: VQModel) -> None:
+    ours: Any = norms(adopt(deepcopy(stock)))[0]
+    code = latents(3, 5, 2)
+    for n in (1, 2, 4):
+        picture = torch.randn(2, 64, 3 * n, 5 * n)
+        expected = ours(picture, code)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            laid_out = picture.contiguous(memory_format=layout)
+            normed = ours(laid_out, AtLatentSize(code))
+            assert_close(normed, expected, MODULE)
+            assert normed.stride() == laid_out.stride(), "the layers after it would run on another layout"
+
+
+def test_the_stock_object_that_shares_the_layers_computes_as_ever(stock: VQModel) -> None:
+    code = latents(6, 8)
+    shared = deepcopy(stock)
+    movq = adopt(shared)
+    assert torch.equal(shared.decode(code).sample, stock.decode(code).sample)
+    assert not torch.equal(movq.decode(code).sample, stock.decode(code).sample), "this would show nothing"
+
+
+def test_a_stock_decoder_that_is_swapped_in_runs(movq: MoVQ, stock: VQModel) -> None:
+    movq.decoder = deepcopy(stock.decoder)
+    code = latents(6, 8)
+    assert torch.equal(movq.decode(code).sample, stock.decode(code).sample)
+
+
+def test_norms_of_another_kind_stay() -> None:
+    stock = random_vq(norm_type="group")
+    code = latents(6, 8)
+    expected = stock.decode(code).sample
+    assert torch.equal(adopt(stock).decode(code).sample, expected)
+
+
+def test_norms_compile_whole(movq: MoVQ) -> None:
+    norm, picture, code = movq.decoder.conv_norm_out, torch.randn(1, 32, 6, 10), AtLatentSize(latents(3, 5))
+    compiled = torch.compile(norm, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(picture, code), norm(picture, code))
+
+
+def test_gradients_are_those_of_stock(movq: MoVQ, stock: VQModel) -> None:
+    def gradient(model: VQModel) -> torch.Tensor:
+        code = latents(6, 8).requires_grad_()
+        return torch.autograd.grad(model.decode(code, force_not_quantize=True).sample.square().sum(), code)[0]
+
+    torch.manual_seed(0)
+    expected = gradient(stock)
+    torch.manual_seed(0)
+    assert_close(gradient(movq), expected, MODULE)
 
 
 # ------------------------------------------------------------------------------------------------ slices
@@ -215,6 +291,6 @@ def test_loads_from_a_stock_folder_without_a_warning(
 ) -> None:
     stock.save_pretrained(tmp_path)
     caplog.clear()
-    movq = MoVQ.from_pretrained(tmp_path)
+    movq = MoVQ.from_pretrained(tmp_path).requires_grad_(False)
     assert_equals_stock(movq, stock, pixels(24, 32), latents(6, 8))
     assert not caplog.records

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn
+
+from ..unet import UNet2DConditionModel
 
 
 POOLING_HEADS = 8
@@ -150,7 +151,7 @@ class KandinskyV20UNet(UNet2DConditionModel):
         kept = {name: value for name, value in config.items() if name in known or name.startswith("_")}
         return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
-    def get_aug_embed(
+    def _embed_conditions(
         self, emb: torch.Tensor, encoder_hidden_states: torch.Tensor, added_cond_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """What the texts add to the time embedding, `[batch, time_embed_dim]`.
@@ -166,8 +167,6 @@ class KandinskyV20UNet(UNet2DConditionModel):
             )
         return self.add_embedding(added_cond_kwargs["text_embeds"], added_cond_kwargs["text_embeds_2"])
 
-    def process_encoder_hidden_states(
-        self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: dict[str, Any]
-    ) -> torch.Tensor:
+    def _read_conditions(self, encoder_hidden_states: torch.Tensor, added_cond_kwargs: dict[str, Any]) -> torch.Tensor:
         """The context of cross-attention, `[batch, tokens, cross_attention_dim]`."""
         return self.encoder_hid_proj(encoder_hidden_states, added_cond_kwargs["text_embeds_2"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Unpack
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, VQModel
+from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.kandinsky import KandinskyPipeline as StockKandinskyPipeline
 from diffusers.pipelines.kandinsky import MultilingualCLIP
@@ -16,6 +17,7 @@ from ..mclip import States, TextConditionsMixin, TextInputs, TextStates, encode_
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DecoderOptions, Embeds, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
+from ..unet import UNet2DConditionModel
 
 
 class KandinskyPipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineMixin, StockKandinskyPipeline):
@@ -48,7 +50,7 @@ class KandinskyPipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineMixi
         self,
         text_encoder: MultilingualCLIP,
         tokenizer: XLMRobertaTokenizer,
-        unet: UNet2DConditionModel,
+        unet: StockUNet2DConditionModel | UNet2DConditionModel,
         scheduler: DDIMScheduler | DDPMScheduler,
         movq: VQModel | MoVQ,
     ):

@@ -11,9 +11,9 @@ from diffusers import (
     DiffusionPipeline,
     PriorTransformer,
     UnCLIPScheduler,
-    UNet2DConditionModel,
     VQModel,
 )
+from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from diffusers.pipelines.kandinsky import KandinskyCombinedPipeline as StockKandinskyCombinedPipeline
 from diffusers.pipelines.kandinsky import KandinskyImg2ImgCombinedPipeline as StockKandinskyImg2ImgCombinedPipeline
 from diffusers.pipelines.kandinsky import KandinskyInpaintCombinedPipeline as StockKandinskyInpaintCombinedPipeline
@@ -33,6 +33,7 @@ from ..options import CombinedImg2ImgOptions, CombinedInpaintOptions, CombinedOp
 from ..pipeline_base import KandinskyPipelineMixin
 from ..prior import CachedPriorTransformer
 from ..schedulers import KandinskyUnCLIPScheduler
+from ..unet import UNet2DConditionModel
 from .pipeline import KandinskyPipeline
 from .pipeline_img2img import KandinskyImg2ImgPipeline
 from .pipeline_inpaint import KandinskyInpaintPipeline
@@ -62,7 +63,7 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
         prior_prior: PriorTransformer | CachedPriorTransformer,
         tokenizer: XLMRobertaTokenizer,
         text_encoder: MultilingualCLIP,
-        unet: UNet2DConditionModel,
+        unet: StockUNet2DConditionModel | UNet2DConditionModel,
         scheduler: DDIMScheduler | DDPMScheduler,
         movq: VQModel | MoVQ,
     ):

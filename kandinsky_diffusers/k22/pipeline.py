@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers import DDPMScheduler, DiffusionPipeline, VQModel
+from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.kandinsky2_2 import KandinskyV22ControlnetPipeline as StockKandinskyV22ControlnetPipeline
 from diffusers.pipelines.kandinsky2_2 import KandinskyV22Pipeline as StockKandinskyV22Pipeline
@@ -18,6 +19,7 @@ from ..inputs import as_rows
 from ..movq import MoVQ, pixels_per_latent
 from ..options import DecoderOptions, Embeds, Pictures, accepts
 from ..pipeline_base import KandinskyPipelineMixin
+from ..unet import UNet2DConditionModel
 
 
 class KandinskyV22Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyV22Pipeline):
@@ -36,7 +38,9 @@ class KandinskyV22Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyV
     model_cpu_offload_seq = "unet->movq"
     _callback_tensor_inputs = ("latents", "image_embeds", "negative_image_embeds")
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, movq: VQModel | MoVQ):
+    def __init__(
+        self, unet: StockUNet2DConditionModel | UNet2DConditionModel, scheduler: DDPMScheduler, movq: VQModel | MoVQ
+    ):
         DiffusionPipeline.__init__(self)
         self.register_modules(unet=unet, scheduler=scheduler, movq=movq)
         self.movq_scale_factor = pixels_per_latent(movq)
@@ -91,9 +95,11 @@ class KandinskyV22Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyV
         Returns:
             Noise and variance, `[2 * batch or batch, 8, height, width]`.
         """
-        added = {"image_embeds": conditions["image_embeds"]}
-        if "hint" in conditions:
-            added["hint"] = torch.cat([conditions["hint"]] * self._halves(latents, conditions))
+        halves, hint = self._halves(latents, conditions), conditions.get("hint")
+        cache = self._context_cache(self.unet, [conditions["image_embeds"], hint, halves])
+        added = {"image_embeds": conditions["image_embeds"], "cache": cache}
+        if hint is not None:
+            added["hint"] = torch.cat([hint] * halves)
         return self.unet(
             sample=self._unet_input(latents, timestep, conditions),
             timestep=timestep,

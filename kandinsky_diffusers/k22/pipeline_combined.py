@@ -10,9 +10,9 @@ from diffusers import (
     DiffusionPipeline,
     PriorTransformer,
     UnCLIPScheduler,
-    UNet2DConditionModel,
     VQModel,
 )
+from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from diffusers.pipelines.kandinsky2_2 import KandinskyV22CombinedPipeline as StockKandinskyV22CombinedPipeline
 from diffusers.pipelines.kandinsky2_2 import (
     KandinskyV22Img2ImgCombinedPipeline as StockKandinskyV22Img2ImgCombinedPipeline,
@@ -33,6 +33,7 @@ from ..movq import MoVQ
 from ..options import CombinedImg2ImgOptions, CombinedInpaintOptions, CombinedOptions, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..prior import CachedPriorTransformer
+from ..unet import UNet2DConditionModel
 from .pipeline import KandinskyV22ControlnetPipeline, KandinskyV22Pipeline
 from .pipeline_img2img import KandinskyV22ControlnetImg2ImgPipeline, KandinskyV22Img2ImgPipeline
 from .pipeline_inpaint import KandinskyV22InpaintPipeline
@@ -53,7 +54,7 @@ class KandinskyV22CombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, 
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: StockUNet2DConditionModel | UNet2DConditionModel,
         scheduler: DDPMScheduler,
         movq: VQModel | MoVQ,
         prior_prior: PriorTransformer | CachedPriorTransformer,

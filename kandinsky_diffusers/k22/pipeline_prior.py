@@ -63,7 +63,7 @@ class KandinskyV22PriorEmb2EmbPipeline(PriorPipeline, StockKandinskyV22PriorEmb2
         prompts = len(as_prompts(prompt))
         expand(torch.empty(rows, 1), prompts, call.embeddings, "image")
         check_strength(strength)
-        self.scheduler.set_timesteps(call["num_inference_steps"], device=self._execution_device)
+        self.scheduler.set_timesteps(call["num_inference_steps"])  # on the host, see `RunningCall`
         timesteps, noise_timestep = start_at(self.scheduler, strength)
         if noise_timestep is None:
             raise ValueError("`strength` is 0, which changes nothing; accepted is more, up to 1.")

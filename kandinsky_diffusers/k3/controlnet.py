@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -20,8 +21,8 @@ from diffusers.models.unets.unet_kandinsky3 import (
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.utils import BaseOutput
 
-from ..attention import use_dispatched_attention
-from .denoiser import DenoiserMixin, additive_mask
+from ..context_cache import ContextCache
+from .denoiser import DenoiserMixin, Read, additive_mask
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
                 )
             )
             self.controlnet_down_blocks.append(zero_module(torch.nn.Conv2d(channels, channels, kernel_size=1)))
-        use_dispatched_attention(self)
+        self._use_own_attention()
 
     @classmethod
     def from_unet(
@@ -144,6 +145,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
         return_dict: bool = True,
         *,
         context_lengths: torch.Tensor | None = None,
+        cache: ContextCache | None = None,
     ) -> Kandinsky3ControlNetOutput | tuple[tuple[torch.Tensor, ...]]:
         """What to add to the outputs of the UNet's levels.
 
@@ -159,6 +161,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
                 of which each residual takes the nearest values.
             return_dict: return a tuple if False.
             context_lengths: see [`Kandinsky3UNet.forward`].
+            cache: likewise; the control image is one of the conditions, its scale is not.
 
         Raises:
             ValueError: `sample` has a size that cannot be halved often enough, or `controlnet_cond` has another size.
@@ -166,14 +169,22 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
         self._check_size(sample, len(self.down_blocks))
         self._check_condition(controlnet_cond, sample)
 
-        mask = additive_mask(encoder_attention_mask, sample.dtype, as_original=True)
+        def read() -> Read:
+            mask = additive_mask(encoder_attention_mask, sample.dtype, as_original=True)
+            return self._pool(encoder_hidden_states, mask, context_lengths), encoder_hidden_states, mask
+
+        pooled, context, mask = self._read_once(cache, read)
+        embed_condition = partial(self.controlnet_cond_embedding, controlnet_cond)
+        condition = embed_condition() if cache is None else cache.keep("condition", embed_condition)
         time_embed = self._embed_time(timestep, sample)
-        time_embed = self._pool(time_embed, encoder_hidden_states, mask, context_lengths)
-        sample = self.conv_in(sample) + _repeated(self.controlnet_cond_embedding(controlnet_cond), len(sample))
+        time_embed = time_embed + pooled.to(time_embed.device)
+        hidden = self.conv_in(sample) + _repeated(condition, len(sample))
         residuals: list[torch.Tensor] = []
         for block, convolution in zip(self.down_blocks, self.controlnet_down_blocks, strict=True):
-            sample = convolution(self._run(block, sample, time_embed, encoder_hidden_states, mask))
-            residuals.append(sample)
+            hidden = convolution(self._run(block, hidden, time_embed, context, mask))
+            residuals.append(hidden)
+        if cache is not None:
+            cache.filled = True
         scaled = tuple(_scaled(residual, conditioning_scale) for residual in residuals)
         return Kandinsky3ControlNetOutput(down_block_res_samples=scaled) if return_dict else (scaled,)
 

@@ -6,12 +6,38 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.unets.unet_kandinsky3 import Kandinsky3AttentionBlock as StockKandinsky3AttentionBlock
 
-from ..attention import MASKING_BACKENDS, DispatchedAttnProcessor, enable_xformers
+from ..attention import (
+    MASKING_BACKENDS,
+    DispatchedAttnProcessor,
+    enable_xformers,
+    keeps_context,
+    tokens_for,
+    use_dispatched_attention,
+)
+from ..components import view_as, what_fixes_forward
+from ..context_cache import ContextCache
 from ..inputs import check_choice
 
 
+Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # what was pooled of a context, context and mask
+
 STOCK_MASKED_SCORE = -10000.0  # what stock adds to the score of a token that is not attended to
+
+
+class Kandinsky3AttentionBlock(StockKandinsky3AttentionBlock):
+    """[`StockKandinsky3AttentionBlock`], of which the context may be a cache ([`ContextCache`]).
+
+    What the cache has for this block is looked up before the block is entered: so the code of a compiled block is the
+    same for all blocks, and for all steps.
+    """
+
+    def __call__(
+        self, x: torch.Tensor, time_embed: torch.Tensor, context: Any = None, *masks: Any, **named_masks: Any
+    ) -> torch.Tensor:
+        """As in stock; a `context` may be a cache."""
+        return super().__call__(x, time_embed, tokens_for(self.attention, context), *masks, **named_masks)
 
 
 class DenoiserMixin:
@@ -19,10 +45,33 @@ class DenoiserMixin:
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3AttentionPooling", "Kandinsky3ResNetBlock"]
-    _repeated_blocks: ClassVar = ["Kandinsky3AttentionBlock", "Kandinsky3ResNetBlock"]
+    # not the attention block, whose context has another length for each prompt
+    _repeated_blocks: ClassVar = ["Kandinsky3ConditionalGroupNorm", "Kandinsky3ResNetBlock"]
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
+    def _use_own_attention(self) -> None:
+        """Processors that run on the chosen backend, and blocks that a cache can be given to."""
+        model: Any = self
+        use_dispatched_attention(model)
+        for parent in list(model.modules()):
+            for name, block in parent.named_children():
+                is_stock = type(block) is StockKandinsky3AttentionBlock
+                if is_stock and what_fixes_forward(block, Kandinsky3AttentionBlock) is None:
+                    setattr(parent, name, view_as(block, Kandinsky3AttentionBlock))
+
+    @property
+    def supports_context_cache(self) -> bool:
+        """Whether a cache can be used.
+
+        It cannot with attention processors other than ours, nor where blocks were hooked or compiled before the model
+        became ours.
+        """
+        model: Any = self
+        return keeps_context(model) and not any(
+            type(block) is StockKandinsky3AttentionBlock for block in model.modules()
+        )
 
     def set_default_attn_processor(self) -> None:
         """Go back to the attention processors that the model is built with."""
@@ -56,19 +105,19 @@ class DenoiserMixin:
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         return self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
 
-    def _pool(
-        self,
-        time_embed: torch.Tensor,
-        context: torch.Tensor,
-        mask: torch.Tensor | None,
-        lengths: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Add what attention, with the mean of the context as its query, finds in the context."""
-        query = context.mean(dim=1, keepdim=True) if lengths is None else _mean_of_first(context, lengths)
-        pooled = self.add_time_condition.attention(query, context, mask).squeeze(1)
-        return time_embed + pooled.to(time_embed.device)
+    def _read_once(self, cache: ContextCache | None, read: Callable[[], Read]) -> tuple[torch.Tensor, Any, Any]:
+        """What `read` returns, or what the cache has kept of it; the cache then is in the place of the context."""
+        if cache is None:
+            return read()
+        pooled, context, mask = cache.keep("read", read)
+        return pooled, cache.in_place_of(context), mask
 
-    def _run(self, block: torch.nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+    def _pool(self, context: torch.Tensor, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> torch.Tensor:
+        """What attention, with the mean of the context as its query, finds in the context, for the time embedding."""
+        query = context.mean(dim=1, keepdim=True) if lengths is None else _mean_of_first(context, lengths)
+        return self.add_time_condition.attention(query, context, mask).squeeze(1)
+
+    def _run(self, block: torch.nn.Module, *inputs: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)

@@ -22,7 +22,7 @@ from ..movq import MoVQ, pixels_per_latent
 from ..options import DrawingOptions, Pictures, Prompts, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..schedulers import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler, Kandinsky3FlashScheduler
-from .ip_adapter import IPAdapterOptions, Kandinsky3IPAdapterMixin
+from .ip_adapter import EMBEDS, IPAdapterOptions, Kandinsky3IPAdapterMixin
 from .regions import Regions, RegionsMixin
 from .text import TextEncoder, TextInputs, TextStates, context_of, fitted, no_text, stock_context_of
 from .unet import Kandinsky3UNet
@@ -33,6 +33,8 @@ logger = logging.get_logger(__name__)
 Scheduler = DDPMScheduler | Kandinsky3DDPMScheduler | Kandinsky3AncestralScheduler | Kandinsky3FlashScheduler
 
 STOCK_DEFAULTS = {"num_inference_steps": 25, "guidance_scale": 3.0}  # for repos that do not say
+REGIONAL = ("regional_context", "regional_context_mask")
+READ_BY_UNET = ("context", "context_mask", "context_lengths", *REGIONAL, EMBEDS)  # the same at every step
 SIDE = 1024  # pixels, of a picture when no size is given
 
 
@@ -305,6 +307,7 @@ class Kandinsky3Pipeline(
 
     def _unet_arguments(self, sample: torch.Tensor, timestep: torch.Tensor, conditions: Conditions) -> dict[str, Any]:
         """What the UNet is called with besides its input and the timestep."""
+        cache = self._context_cache(self.unet, [*map(conditions.get, READ_BY_UNET), len(sample)])
         return {
             "encoder_hidden_states": conditions["context"],
             "encoder_attention_mask": conditions["context_mask"],
@@ -313,6 +316,7 @@ class Kandinsky3Pipeline(
             "added_cond_kwargs": self._added_conditions(conditions, len(sample)),
             "regional_hidden_states": conditions.get("regional_context"),
             "regional_attention_mask": conditions.get("regional_context_mask"),
+            "cache": cache,
         }
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from .unet import Kandinsky3UNet
 
 
 SCALE = "controlnet_conditioning_scale"
+READ_BY_CONTROLNET = ("control_context", "context", "context_mask", "context_lengths", "control_image")
 
 
 class ControlNetOptions(TypedDict, total=False):
@@ -177,6 +178,7 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
     ) -> tuple[torch.Tensor, ...]:
         """What the ControlNet adds; of the input of an inpainting UNet it sees the noisy latents."""
         dtype = self.controlnet.dtype
+        cache = self._context_cache(self.controlnet, [*map(conditions.get, READ_BY_CONTROLNET), len(sample)])
         return self.controlnet(
             sample[:, : self.controlnet.config.in_channels].to(dtype),
             timestep,
@@ -186,6 +188,7 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
             conditions["control_scale"],
             return_dict=False,
             context_lengths=conditions.get("context_lengths"),
+            cache=cache,
         )[0]
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 
 from .. import sampling
 from ..attention import set_text_processor, text_processor
+from ..context_cache import KeyValue
 from ..decoding import Batch, Call, Conditions
 from ..images import Images, pad_to, shares_from
 from ..inpainting import Crop
@@ -174,7 +175,7 @@ class RegionalAttnProcessor:
         self,
         attn: Attention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | KeyValue,
         attention_mask: torch.Tensor,
     ) -> torch.Tensor:
         """Attend.
@@ -182,7 +183,8 @@ class RegionalAttnProcessor:
         Args:
             attn: the layer with the weights.
             hidden_states: `[rows, positions, width]`.
-            encoder_hidden_states: `[rows, tokens, context width]`, those of the regions last.
+            encoder_hidden_states: `[rows, tokens, context width]`, those of the regions last, or what [`project`] has
+                made of them.
             attention_mask: `[rows, 1, tokens]`, added to the scores.
         """
         regional = self.regional
@@ -196,8 +198,13 @@ class RegionalAttnProcessor:
         base, *of_regions = attended
         output = base
         for shares, own in zip(regional.shares, of_regions, strict=True):
-            output = torch.lerp(output, own, shares[hidden_states.shape[1]].to(own))
+            share = shares[hidden_states.shape[1]][-len(own) :]  # of the conditional half, where it runs alone
+            output = torch.lerp(output, own, share.to(own))
         return torch.lerp(output, base, regional.base_ratio)
+
+    def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
+        """Keys and values of all tokens, which are as good apart as the tokens are."""
+        return self.processor.project(attn, tokens)
 
 
 def shares_of(masks: torch.Tensor, latent_size: tuple[int, int], pixels: int, levels: int) -> dict[int, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNetOutput
 
-from ..attention import use_dispatched_attention
 from ..components import SavedAsStock
-from .denoiser import DenoiserMixin, additive_mask
+from ..context_cache import ContextCache
+from ..step_cache import CachesSteps
+from .denoiser import DenoiserMixin, Read, additive_mask
 from .ip_adapter_unet import IPAdapterUNetMixin
 
 
-class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapterMixin, StockKandinsky3UNet):
+class Kandinsky3UNet(
+    IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, CachesSteps, PeftAdapterMixin, StockKandinsky3UNet
+):
     """[`diffusers.Kandinsky3UNet`] that can do what the original can, and is the stock class where called like it.
 
     The original projects the text outside of the UNet, and zeroes what is padding afterwards. So the context is made
@@ -71,7 +75,7 @@ class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapte
             self.conv_out = torch.nn.Conv2d(block_out_channels[0] // 2, out_channels, kernel_size=3, padding=1)
         self.null_embedding = torch.nn.Parameter(torch.zeros(cross_attention_dim)) if has_null_embedding else None
         self.image_proj = None
-        use_dispatched_attention(self)
+        self._use_own_attention()
 
     def _on_shared_state(self) -> None:
         # what a stock object cannot have, and its configuration need not know
@@ -79,7 +83,7 @@ class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapte
         self.null_embedding = None
         if not hasattr(self, "image_proj"):  # another view may have loaded IP-Adapters
             self.image_proj = None
-        use_dispatched_attention(self)
+        self._use_own_attention()
 
     @property
     def runs_in_stock(self) -> bool:
@@ -101,6 +105,7 @@ class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapte
         regional_hidden_states: torch.Tensor | None = None,
         regional_attention_mask: torch.Tensor | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        cache: ContextCache | None = None,
     ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
         """Predict the noise, or project the text.
 
@@ -127,6 +132,8 @@ class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapte
             regional_attention_mask: `[batch, regional tokens]`; both masks are needed then.
             down_block_additional_residuals: what a ControlNet adds to the outputs of all levels but the lowest, as
                 the way up sees them: from the first level on `[batch, channels, height, width]`.
+            cache: of a call whose conditions are the same at every step, if [`supports_context_cache`]: the first
+                forward keeps there what it makes of them, the later ones take it from there.
 
         Raises:
             ValueError: an argument is missing or does not belong there, `sample` has a size that cannot be halved
@@ -141,18 +148,45 @@ class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapte
         self._check_size(sample, len(self.down_blocks) - 1)
         self._check_residuals(down_block_additional_residuals)
 
-        mask = additive_mask(encoder_attention_mask, sample.dtype, as_original=projected)
-        context = encoder_hidden_states if projected else self.encoder_hid_proj(encoder_hidden_states)
+        read = partial(
+            self._read,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            regional_hidden_states,
+            regional_attention_mask,
+            projected=projected,
+            lengths=context_lengths,
+            added=added_cond_kwargs,
+            dtype=sample.dtype,
+        )
+        pooled, context, mask = self._read_once(cache, read)
         time_embed = self._embed_time(timestep, sample)
-        time_embed = self._pool(time_embed, context, mask, context_lengths)
-        if regional_hidden_states is not None:
-            regional = regional_hidden_states if projected else self.encoder_hid_proj(regional_hidden_states)
-            context = torch.cat([context, regional], dim=1)
-            mask = _joined(encoder_attention_mask, regional_attention_mask)
-            mask = additive_mask(mask, sample.dtype, as_original=projected)
-        context = self._with_image_tokens(context, added_cond_kwargs)
+        time_embed = time_embed + pooled.to(time_embed.device)
         sample = self._transform(sample, time_embed, context, mask, down_block_additional_residuals)
+        if cache is not None:
+            cache.filled = True
         return Kandinsky3UNetOutput(sample=sample) if return_dict else (sample,)
+
+    def _read(
+        self,
+        states: torch.Tensor,
+        states_mask: torch.Tensor | None,
+        regional: torch.Tensor | None,
+        regional_mask: torch.Tensor | None,
+        *,
+        projected: bool,
+        lengths: torch.Tensor | None,
+        added: Mapping[str, Any] | None,
+        dtype: torch.dtype,
+    ) -> Read:
+        """All that does not depend on the step: what is pooled, what the cross-attentions read, and its mask."""
+        mask = additive_mask(states_mask, dtype, as_original=projected)
+        context = states if projected else self.encoder_hid_proj(states)
+        pooled = self._pool(context, mask, lengths)
+        if regional is not None:
+            context = torch.cat([context, regional if projected else self.encoder_hid_proj(regional)], dim=1)
+            mask = additive_mask(_joined(states_mask, regional_mask), dtype, as_original=projected)
+        return pooled, self._with_image_tokens(context, added), mask
 
     def _project(self, states: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
         if states is None:
@@ -174,7 +208,7 @@ class Kandinsky3UNet(IPAdapterUNetMixin, DenoiserMixin, SavedAsStock, PeftAdapte
         self,
         sample: torch.Tensor,
         time_embed: torch.Tensor,
-        context: torch.Tensor,
+        context: torch.Tensor | ContextCache,
         mask: torch.Tensor | None,
         residuals: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:

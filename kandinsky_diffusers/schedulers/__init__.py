@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from .ancestral import KandinskyAncestralScheduler, KandinskyUnCLIPScheduler
 from .flash import Kandinsky3FlashScheduler
-from .image_start import noise_to, start_at
+from .image_start import looks_up_on_host, noise_to, start_at
 from .kandinsky3 import Kandinsky3AncestralScheduler, Kandinsky3DDPMScheduler
 from .strided import KandinskyDDIMScheduler, KandinskyPNDMScheduler
 from .tables import respaced_timesteps, strided_timesteps
@@ -27,6 +27,7 @@ __all__ = [
     "KandinskyDDIMScheduler",
     "KandinskyPNDMScheduler",
     "KandinskyUnCLIPScheduler",
+    "looks_up_on_host",
     "noise_to",
     "respaced_timesteps",
     "start_at",

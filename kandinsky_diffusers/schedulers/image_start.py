@@ -9,7 +9,7 @@ from diffusers import PNDMScheduler
 
 from ..inputs import check_strength
 from .ancestral import AncestralStepper
-from .tables import linear_alphas_cumprod, noised, with_second_twice
+from .tables import NoisesOnHost, linear_alphas_cumprod, noised, with_second_twice
 
 
 def start_at(scheduler: Any, strength: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -70,9 +70,20 @@ def noise_to(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timeste
         noise: standard normal, shaped like `latents`.
         timestep: one training timestep, without dimension.
     """
-    timesteps = timestep.reshape(1).expand(len(latents)).to(latents.device)
-    beta_start, beta_end = (scheduler.config.get(f"noise_beta_{end}") for end in ("start", "end"))
-    if beta_start is None or beta_end is None:
-        return scheduler.add_noise(latents, noise, timesteps)
-    table = linear_alphas_cumprod(beta_start, beta_end, scheduler.config.num_train_timesteps)
-    return noised(torch.from_numpy(table), latents, noise, timesteps)
+    if not looks_up_on_host(scheduler):
+        return scheduler.add_noise(latents, noise, timestep.reshape(1).expand(len(latents)).to(latents.device))
+    betas = _noise_betas(scheduler)
+    if betas is None:
+        return scheduler.add_noise(latents, noise, timestep.cpu())
+    table = linear_alphas_cumprod(*betas, scheduler.config.num_train_timesteps)
+    return noised(torch.from_numpy(table), latents, noise, timestep.cpu())
+
+
+def looks_up_on_host(scheduler: Any) -> bool:
+    """Whether [`noise_to`] reads the timestep on the host; where it is, nothing waits for the other device."""
+    return isinstance(scheduler, NoisesOnHost) or _noise_betas(scheduler) is not None
+
+
+def _noise_betas(scheduler: Any) -> tuple[float, float] | None:
+    start, end = (scheduler.config.get(f"noise_beta_{end}") for end in ("start", "end"))
+    return None if start is None or end is None else (start, end)

@@ -92,10 +92,21 @@ def cosine_betas(count: int, largest: float = 0.999) -> np.ndarray:
 def noised(
     alphas_cumprod: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """sqrt(a) latents + sqrt(1 - a) noise with a of `timesteps` `[batch]`, formula (4) of the same paper."""
-    alpha = alphas_cumprod.to(latents.device)[timesteps.to(latents.device).long()]
-    alpha = alpha.view(-1, *[1] * (latents.ndim - 1))
+    """sqrt(a) latents + sqrt(1 - a) noise with a of `timesteps` `[batch]` or `[]`, formula (4) of the same paper."""
+    alpha = alphas_cumprod[timesteps.to(alphas_cumprod.device).long()]
+    if alpha.ndim:  # a number is left on the host, from where nothing has to be copied
+        alpha = alpha.to(latents.device).view(-1, *[1] * (latents.ndim - 1))
     return alpha.sqrt().to(latents.dtype) * latents + (1.0 - alpha).sqrt().to(latents.dtype) * noise
+
+
+class NoisesOnHost:
+    """Mixed in before a stock scheduler: noise levels are looked up where the table is, which stays on the host."""
+
+    alphas_cumprod: torch.Tensor
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`original_samples` as they are at `timesteps` (one per sample, or one): sqrt(a) x + sqrt(1 - a) noise."""
+        return noised(self.alphas_cumprod, original_samples, noise, timesteps)
 
 
 def dynamically_thresholded(x0: torch.Tensor, ratio: float, reference: torch.Tensor | None = None) -> torch.Tensor:

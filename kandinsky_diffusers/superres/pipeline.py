@@ -22,6 +22,7 @@ from ..k3 import Kandinsky3UNet
 from ..movq import MoVQ
 from ..options import Generators, Pictures, accepts
 from ..pipeline_base import KandinskyPipelineMixin
+from ..running import RunningCall, RunsCalls
 from ..schedulers import Kandinsky3FlashScheduler
 from .context import KandiSuperResContext
 from .refiner import Refiner
@@ -99,7 +100,7 @@ class Call:
         return given if given is not None or seed is None else torch.Generator().manual_seed(seed)
 
 
-class KandiSuperResPipeline(KandinskyPipelineMixin, DiffusionPipeline):
+class KandiSuperResPipeline(RunsCalls, KandinskyPipelineMixin, DiffusionPipeline):
     """Enlarges pictures with KandiSuperRes; x4, x2 or Flash x2 is a matter of its components and settings.
 
     A picture of any size comes out `scale` times as high and wide. Large ones are drawn in windows, which overlap and
@@ -198,7 +199,8 @@ class KandiSuperResPipeline(KandinskyPipelineMixin, DiffusionPipeline):
         def predict(sample: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
             return self.unet(sample.to(device, dtype), timestep.to(device), image.to(device, dtype)).sample
 
-        return windows.average(predict, (self.scheduler.scale_model_input(latents, timestep), conditions["image"]))
+        scaled = self.scheduler.scale_model_input(latents, self._on_host(timestep))
+        return windows.average(predict, (scaled, conditions["image"]))
 
     @torch.no_grad()
     @accepts(SuperResOptions)
@@ -299,24 +301,26 @@ class KandiSuperResPipeline(KandinskyPipelineMixin, DiffusionPipeline):
         self, call: Call, conditions: dict[str, torch.Tensor], generator: torch.Generator | None
     ) -> torch.Tensor:
         image = conditions["image"]
-        self.scheduler.set_timesteps(call["num_inference_steps"], device=image.device)
+        self.scheduler.set_timesteps(call["num_inference_steps"])  # on the host, see `RunningCall`
         draws = "generator" in inspect.signature(self.scheduler.step).parameters
         step = partial(self.scheduler.step, **({"generator": generator} if draws else {}))
         self._num_timesteps = len(self.scheduler.timesteps)
-        names = call["callback_on_step_end_tensor_inputs"]
-        timesteps: Any = self.progress_bar(self.scheduler.timesteps)
-        return sampling.denoise(
-            self.prepare_latents(image.shape, image.device, generator),
-            timesteps,
-            predict=lambda x, t: self.predict_sample(x, t, conditions, call.windows),
-            combine=lambda prediction: prediction,
-            step=lambda prediction, t, x: step(prediction, t, x).prev_sample,
-            on_step_end=sampling.step_end_callback(self, conditions, call["callback_on_step_end"], names),
-        )
+        callback, names = call["callback_on_step_end"], call["callback_on_step_end_tensor_inputs"]
+        running = RunningCall(self.scheduler.timesteps, self._execution_device, watched=callback is not None)
+        progress_bar: Any = self.progress_bar
+        with self._as_running(running):
+            return sampling.denoise(
+                self.prepare_latents(image.shape, image.device, generator),
+                progress_bar(running.timesteps),
+                predict=lambda x, t: self.predict_sample(x, t, conditions, call.windows),
+                combine=lambda prediction: prediction,
+                step=lambda prediction, t, x: step(prediction, running.on_host(t), x).prev_sample,
+                on_step_end=sampling.step_end_callback(self, conditions, callback, names),
+            )
 
     def _refine(self, pixels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         parts = self.movq, self.refiner, self.refiner_scheduler, self.context
-        refiner = Refiner(*parts, device=self._execution_device, generator=generator)
+        refiner = Refiner(*parts, self._execution_device, generator, self._decoding)
         return refiner.decode(refiner.redraw(refiner.encode(pixels)))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from .. import sampling
 from ..movq import MoVQ, pixels_per_latent
+from ..running import RunningCall
 from ..tiling import apply_in_tiles
 
 
@@ -26,13 +28,21 @@ class Refiner:
         context: what the UNet reads in the place of a text.
         device: where the models run.
         generator: for the noise, drawn for each tile.
+        decoding: what else `decode` of the MoVQ is told.
     """
 
     def __init__(
-        self, movq: MoVQ, unet: Any, scheduler: Any, context: Any, device: torch.device, generator: Any = None
+        self,
+        movq: MoVQ,
+        unet: Any,
+        scheduler: Any,
+        context: Any,
+        device: torch.device,
+        generator: Any = None,
+        decoding: Mapping[str, Any] | None = None,
     ):
         self.movq, self.unet, self.scheduler, self.context = movq, unet, scheduler, context
-        self.device, self.generator = device, generator
+        self.device, self.generator, self.decoding = device, generator, decoding or {}
         self._pixels_per_latent = pixels_per_latent(movq)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -49,8 +59,8 @@ class Refiner:
         """Pixels of `latents` `[1, 4, height, width]`; tiles overlap where there are several."""
 
         def decoded(tile: torch.Tensor) -> torch.Tensor:
-            sample = self.movq.decode(tile.to(self.device, self.movq.dtype), force_not_quantize=True).sample
-            return sample.to(latents)
+            tile = tile.to(self.device, self.movq.dtype)
+            return self.movq.decode(tile, force_not_quantize=True, **self.decoding).sample.to(latents)
 
         side = self.movq.tile_sample_min_size // self._pixels_per_latent
         overlap = self.movq.tile_overlap if max(latents.shape[-2:]) > side else 0
@@ -58,28 +68,25 @@ class Refiner:
 
     def redraw(self, latents: torch.Tensor) -> torch.Tensor:
         """`latents` noised to the scheduler's first timestep and denoised again, in overlapping tiles."""
-        return apply_in_tiles(self._redraw_tile, latents, TILE, STRIDE)
+        context, mask = (part.to(self.device) for part in self.context(1))
+        context = context.to(self.unet.dtype)
+        self.scheduler.set_timesteps()  # on the host, see `RunningCall`
+        running = RunningCall(self.scheduler.timesteps, self.device, watched=False)
+        conditions = {
+            "encoder_hidden_states": context,
+            "encoder_attention_mask": mask,
+            "projected": True,
+            "cache": running.context_cache(self.unet, [context, mask]),  # all tiles have the same
+        }
+        return apply_in_tiles(lambda tile: self._redraw_tile(tile, running, conditions), latents, TILE, STRIDE)
 
-    def _redraw_tile(self, tile: torch.Tensor) -> torch.Tensor:
-        context, mask = self.context(len(tile))
-        dtype = self.unet.dtype
-
+    def _redraw_tile(self, tile: torch.Tensor, running: RunningCall, conditions: dict[str, Any]) -> torch.Tensor:
         def predict(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return self.unet(
-                sample.to(dtype),
-                timestep,
-                encoder_hidden_states=context.to(self.device, dtype),
-                encoder_attention_mask=mask.to(self.device),
-                return_dict=False,
-                projected=True,
-            )[0].to(sample)
+            return self.unet(sample.to(self.unet.dtype), timestep, return_dict=False, **conditions)[0].to(sample)
 
-        self.scheduler.set_timesteps(device=self.device)
-        redrawn = sampling.denoise(
-            self.scheduler.noised_start(tile.to(self.device), self.generator),
-            self.scheduler.timesteps,
-            predict,
-            combine=lambda prediction: prediction,
-            step=lambda prediction, t, x: self.scheduler.step(prediction, t, x, self.generator).prev_sample,
-        )
-        return redrawn.to(tile)
+        def step(prediction: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            return self.scheduler.step(prediction, running.on_host(timestep), sample, self.generator).prev_sample
+
+        self.scheduler.set_timesteps()
+        start = self.scheduler.noised_start(tile.to(self.device), self.generator)
+        return sampling.denoise(start, running.timesteps, predict, lambda prediction: prediction, step).to(tile)

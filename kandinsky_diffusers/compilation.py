@@ -1,0 +1,76 @@
+"""Compiling the repeated blocks of a model, so that neither prompt, seed nor steps make it compile again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch.fx.experimental import _config as shape_config
+
+from .components import remove_leftovers
+
+
+HOOK = "kandinsky_compiled"
+VARIANTS = 256  # of one kind of block that are compiled: all widths there are, at several sizes
+
+
+class CompiledBlocks(ModelHook):
+    """Says how the blocks of a model are compiled, while its forward runs and comes to compile some.
+
+    All blocks of one kind share their code, and torch.compile would give up after eight widths. Nor may it take one
+    width after the other for one that varies: at the first size of the picture (the only tensor with four dimensions
+    among the arguments) all blocks are compiled for just this one, at the second for any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size: torch.Size | None = None
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward of `module`, as [`HookRegistry`] calls it."""
+        tensors = (value for value in chain(args, kwargs.values()) if isinstance(value, torch.Tensor))
+        size = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
+        self._size = self._size or size
+        settings = {
+            "recompile_limit": VARIANTS,
+            "accumulated_recompile_limit": VARIANTS * 4,
+            "automatic_dynamic_shapes": False,
+            "assume_static_by_default": size == self._size,
+        }
+        # sizes that happen to be equal are not taken for the same
+        with torch._dynamo.config.patch(settings), shape_config.patch(use_duck_shape=False):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def has_blocks(model: Any) -> bool:
+    """Whether a model says which of its blocks are repeated (`_repeated_blocks`), and has them."""
+    return any(type(module).__name__ in model._repeated_blocks for module in model.modules())
+
+
+def compile_blocks(model: Any, called: Iterable[torch.nn.Module], options: Mapping[str, Any]) -> list[torch.nn.Module]:
+    """Compile the repeated blocks of a model.
+
+    Args:
+        model: with `_repeated_blocks`.
+        called: its modules whose forward is called.
+        options: of torch.compile.
+
+    Returns:
+        The blocks.
+    """
+    model.compile_repeated_blocks(**options)
+    for module in called:
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(CompiledBlocks(), HOOK)
+    return [module for module in model.modules() if module._compiled_call_impl is not None]
+
+
+def uncompile_blocks(blocks: Iterable[torch.nn.Module], called: Iterable[torch.nn.Module]) -> None:
+    """Take back what [`compile_blocks`] has done."""
+    for block in blocks:
+        del block._compiled_call_impl  # that of the class is None
+    for module in called:
+        HookRegistry.check_if_exists_or_initialize(module).remove_hook(HOOK, recurse=False)
+        remove_leftovers(module, type(module))
