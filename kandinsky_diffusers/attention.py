@@ -173,7 +173,12 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
         output = _project_out(attn, _attend(self._attention_backend, query, key, value, attention_mask))
-        return output.transpose(1, 2).reshape(residual.shape) + residual
+        output = output.transpose(1, 2).reshape(residual.shape)
+        if residual.device.type == "cpu" and isinstance(encoder_hidden_states, ContextCache):
+            # a sum lies in memory as its first term does. Stock's has its channels side by side from here on, and each
+            # convolution, whose weights do not lie so, then copies them. Without a cache last bits are to be stock's
+            return residual + output
+        return output + residual
 
     def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
         """Keys and values of the conditions `tokens` `[batch, tokens, width]`."""
