@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,14 +53,16 @@ class Windows:
             for corner, prediction in zip(corners, predictions.split(1), strict=True):
                 self._crop(total, *corner).add_(prediction)
         height, width = total.shape[-2:]
-        rows, columns = self._counts(tops, height).to(total), self._counts(lefts, width).to(total)
+        rows, columns = (_counts(self, length, total.device, total.dtype) for length in (height, width))
         return total.div_(rows[:, None]).div_(columns)
 
     def _crop(self, canvas: torch.Tensor, top: int, left: int) -> torch.Tensor:
         return canvas[..., top : top + self.size, left : left + self.size]
 
-    def _counts(self, starts: Sequence[int], length: int) -> torch.Tensor:
-        counts = torch.zeros(length)
-        for start in starts:
-            counts[start : start + self.size] += 1
-        return counts
+
+@functools.lru_cache(maxsize=2)  # height and width; else the host would wait for the device at each step
+def _counts(windows: Windows, length: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    counts = torch.zeros(length, dtype=dtype)
+    for start in windows.starts(length):
+        counts[start : start + windows.size] += 1
+    return counts.to(device)
