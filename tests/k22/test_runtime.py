@@ -91,6 +91,7 @@ def test_the_exact_reference_is_passed_on_to_prior_and_decoder(load: Any) -> Non
     assert any(calls)
 
 
+@torch.no_grad()
 def test_pipelines_that_share_a_movq_are_exact_or_not_at_each_call(make: Any) -> None:
     stock = make(kandinsky2_2.KandinskyV22Pipeline).movq
     latents = torch.randn(1, 4, 8, 8)
