@@ -168,7 +168,7 @@ def test_gradients_are_those_of_stock(movq: MoVQ, stock: VQModel) -> None:
 
 @pytest.mark.parametrize("widths", [(128, 256, 256, 512), (256, 512, 512, 1024)], ids=["2.x", "3.x"])
 def test_decoding_needs_less_memory_than_in_stock_at_the_published_size(widths: tuple[int, ...]) -> None:
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.no_grad():
         movq = MoVQ(
             block_out_channels=widths,
             down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
@@ -182,7 +182,7 @@ def test_decoding_needs_less_memory_than_in_stock_at_the_published_size(widths: 
         stock = peak_bytes(lambda: movq.decode(code, force_not_quantize=True, exact_reference=True))
         assert peak_bytes(lambda: movq.decode(code, force_not_quantize=True)) <= 0.61 * stock
         if widths[0] == 128:  # the same in the wider one, where it takes seconds more
-            movq.enable_tiling()
+            movq.enable_tiling(overlap=0)  # tiles of the default size; fewer of them, which takes less time here
             assert peak_bytes(lambda: movq.decode(code, force_not_quantize=True)) <= 0.16 * stock, "asked is 0.25"
 
 
