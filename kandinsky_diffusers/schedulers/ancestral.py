@@ -15,11 +15,11 @@ from .. import sampling
 from ..components import SavedAsStock
 from ..inputs import check_choice
 from .tables import (
+    NoisesOnHost,
     Posterior,
     cosine_betas,
     dynamically_thresholded,
     linear_alphas_cumprod,
-    noised,
     respaced_timesteps,
     state_every_setting,
 )
@@ -37,13 +37,12 @@ class KandinskySchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-class AncestralStepper:
+class AncestralStepper(NoisesOnHost):
     """Position in a respaced process, shared by the ancestral samplers; `timesteps` are [`respaced_timesteps`]."""
 
     order = 1
     init_noise_sigma = 1.0
     config: Any
-    alphas_cumprod: torch.Tensor
     timesteps: torch.Tensor
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -142,10 +141,6 @@ class KandinskyAncestralScheduler(AncestralStepper, SchedulerMixin, ConfigMixin)
         state_every_setting(self)
         self.alphas_cumprod = torch.from_numpy(linear_alphas_cumprod(beta_start, beta_end, num_train_timesteps))
         self.set_timesteps(num_train_timesteps)
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`original_samples` as they are at `timesteps` (one per sample): sqrt(a) x + sqrt(1 - a) noise."""
-        return noised(self.alphas_cumprod, original_samples, noise, timesteps)
 
     def step(
         self,

@@ -20,7 +20,7 @@ from .kandinsky3 import (
     noise_for,
     output_of,
 )
-from .tables import linear_alphas_cumprod, noised, state_every_setting
+from .tables import linear_alphas_cumprod, state_every_setting
 
 
 class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
@@ -102,10 +102,6 @@ class Kandinsky3FlashScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixin):
         self._check_timesteps(timesteps)
         self._begin(np.array(timesteps), device)
         self._kept_alphas = self.alphas_cumprod[list(timesteps)[::-1]]
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`original_samples` as they are at `timesteps` (one per sample): sqrt(a) x + sqrt(1 - a) noise."""
-        return noised(self.alphas_cumprod, original_samples, noise, timesteps)
 
     def noised_start(
         self, latents: torch.Tensor, generator: Generator = None, variance_noise: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from diffusers import PNDMScheduler
 
 from ..inputs import check_strength
 from .ancestral import AncestralStepper
-from .tables import linear_alphas_cumprod, noised, with_second_twice
+from .tables import NoisesOnHost, linear_alphas_cumprod, noised, with_second_twice
 
 
 def start_at(scheduler: Any, strength: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -81,7 +81,7 @@ def noise_to(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, timeste
 
 def looks_up_on_host(scheduler: Any) -> bool:
     """Whether [`noise_to`] reads the timestep on the host; where it is, nothing waits for the other device."""
-    return isinstance(scheduler, AncestralStepper) or _noise_betas(scheduler) is not None
+    return isinstance(scheduler, NoisesOnHost) or _noise_betas(scheduler) is not None
 
 
 def _noise_betas(scheduler: Any) -> tuple[float, float] | None:

@@ -223,10 +223,6 @@ class Kandinsky3AncestralScheduler(Kandinsky3Stepper, SchedulerMixin, ConfigMixi
         self._begin(timesteps, device)
         self._kept_alphas = self.alphas_cumprod[[0, *timesteps[::-1]]]
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`original_samples` as they are at `timesteps` (one per sample): sqrt(a) x + sqrt(1 - a) noise."""
-        return noised(self.alphas_cumprod, original_samples, noise, timesteps)
-
     def step(
         self,
         model_output: torch.Tensor,

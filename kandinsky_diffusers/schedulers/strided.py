@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler, PNDMScheduler
 from diffusers.configuration_utils import register_to_config
 
 from ..inputs import check_choice
-from .tables import state_every_setting, strided_timesteps, with_second_twice
+from .tables import NoisesOnHost, state_every_setting, strided_timesteps, with_second_twice
 
 
-class KandinskyDDIMScheduler(DDIMScheduler):
+class KandinskyDDIMScheduler(NoisesOnHost, DDIMScheduler):
     """[`DDIMScheduler`] on the original's own list of timesteps ([`strided_timesteps`]) and with its settings.
 
     Equal to stock where the number of steps divides `num_train_timesteps`; elsewhere stock leaves out the noisiest
@@ -77,7 +77,7 @@ class KandinskyDDIMScheduler(DDIMScheduler):
         self.timesteps = torch.from_numpy(timesteps).to(device)
 
 
-class KandinskyPNDMScheduler(PNDMScheduler):
+class KandinskyPNDMScheduler(NoisesOnHost, PNDMScheduler):
     """[`PNDMScheduler`] as the original's PLMS, on its own list of timesteps ([`strided_timesteps`]).
 
     The second timestep appears twice: the first step is a pseudo improved Euler step with two network calls.

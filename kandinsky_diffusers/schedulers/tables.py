@@ -99,6 +99,16 @@ def noised(
     return alpha.sqrt().to(latents.dtype) * latents + (1.0 - alpha).sqrt().to(latents.dtype) * noise
 
 
+class NoisesOnHost:
+    """Mixed in before a stock scheduler: noise levels are looked up where the table is, which stays on the host."""
+
+    alphas_cumprod: torch.Tensor
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`original_samples` as they are at `timesteps` (one per sample, or one): sqrt(a) x + sqrt(1 - a) noise."""
+        return noised(self.alphas_cumprod, original_samples, noise, timesteps)
+
+
 def dynamically_thresholded(x0: torch.Tensor, ratio: float, reference: torch.Tensor | None = None) -> torch.Tensor:
     """`x0` clipped to plus/minus s and divided by s (https://arxiv.org/abs/2205.11487, section 2.3).
 

@@ -52,14 +52,13 @@ class Windows:
             for corner, prediction in zip(corners, predictions.split(1), strict=True):
                 self._crop(total, *corner).add_(prediction)
         height, width = total.shape[-2:]
-        rows, columns = self._counts(tops, height).to(total), self._counts(lefts, width).to(total)
+        rows, columns = self._counts(tops, total.new_zeros(height)), self._counts(lefts, total.new_zeros(width))
         return total.div_(rows[:, None]).div_(columns)
 
     def _crop(self, canvas: torch.Tensor, top: int, left: int) -> torch.Tensor:
         return canvas[..., top : top + self.size, left : left + self.size]
 
-    def _counts(self, starts: Sequence[int], length: int) -> torch.Tensor:
-        counts = torch.zeros(length)
+    def _counts(self, starts: Sequence[int], counts: torch.Tensor) -> torch.Tensor:
         for start in starts:
-            counts[start : start + self.size] += 1
+            counts[start : start + self.size] += 1  # where it is: what is copied there makes the host wait
         return counts
