@@ -146,6 +146,7 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | KeyValue | ContextCache | None = None,
         attention_mask: torch.Tensor | None = None,
+        keeps_layout: bool = False,
     ) -> torch.Tensor:
         """Attend to the conditions, and then, unless the layer is for cross-attention only, to the picture.
 
@@ -155,6 +156,8 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
             encoder_hidden_states: `[batch, tokens, width]`, the conditions; or what [`project`] has made of them, or a
                 cache that has or makes it.
             attention_mask: added to the scores, as [`Attention.prepare_attention_mask`] takes it.
+            keeps_layout: return the same numbers laid out in memory as `hidden_states` are; in stock, channels lie
+                side by side afterwards. See [`keeps_layout`].
         """
         residual = hidden_states
         hidden_states = hidden_states.flatten(2)
@@ -174,7 +177,8 @@ class DispatchedAttnAddedKVProcessor(AttnAddedKVProcessor2_0):
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, pixels, len(query), out_dim=4)
         output = _project_out(attn, _attend(self._attention_backend, query, key, value, attention_mask))
-        return output.transpose(1, 2).reshape(residual.shape) + residual
+        output = output.transpose(1, 2).reshape(residual.shape)
+        return residual + output if keeps_layout else output + residual  # a sum lies in memory as its first term does
 
     def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
         """Keys and values of the conditions `tokens` `[batch, tokens, width]`."""
@@ -314,6 +318,15 @@ def set_text_processor(layer: Any, processor: Any) -> None:
 def keeps_context(model: torch.nn.Module) -> bool:
     """Whether every attention layer of `model` can be given keys and values, see [`ContextCache`]."""
     return all(hasattr(layer.processor, "project") for layer in _attention_layers(model))
+
+
+def keeps_layout(model: torch.nn.Module) -> bool:
+    """Whether every attention layer of `model` knows `keeps_layout`.
+
+    On the CPU, a convolution whose weights lie otherwise in memory than its input copies them first: more than a
+    fifth of a step of the 2.2 UNet at 256 x 256.
+    """
+    return all(isinstance(layer.processor, DispatchedAttnAddedKVProcessor) for layer in _attention_layers(model))
 
 
 def processor_states(model: torch.nn.Module) -> list[Any]:

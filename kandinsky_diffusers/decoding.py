@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from . import sampling
+from .attention import keeps_layout
 from .images import OUTPUT_TYPES, latent_size, pad_to, pixels_from, pixels_to
 from .inputs import (
     as_prompts,
@@ -310,6 +311,12 @@ class DecoderMixin(RunsCalls, KandinskyLoraMixin):
             shown = [_repeated(part[-len(sample) :], len(sample)) for part in shown]
             sample = torch.cat([sample, *shown], dim=1)
         return sample
+
+    def _attention_arguments(self, sample: torch.Tensor) -> dict[str, Any] | None:
+        """What the UNet of 2.x hands on to its attention, for an input like `sample`."""
+        if self._exact_reference or sample.device.type != "cpu" or not keeps_layout(self.unet):
+            return None  # other processors would warn, and on other devices nothing has been measured
+        return {"keeps_layout": True}
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Guidance; a predicted variance is kept where the scheduler uses one, and is left out of everything else."""

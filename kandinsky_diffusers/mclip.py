@@ -158,10 +158,12 @@ class TextConditionsMixin:
         read = [conditions.get(name) for name in self._callback_tensor_inputs]
         cache = self._context_cache(self.unet, [*read, self._halves(latents, conditions)])
         added = {to: self._both(conditions, name) for to, name in self._added_conditions.items()}
+        sample = self._unet_input(latents, timestep, conditions)
         return self.unet(
-            sample=self._unet_input(latents, timestep, conditions),
+            sample=sample,
             timestep=timestep,
             encoder_hidden_states=self._both(conditions, "prompt_embeds"),
+            cross_attention_kwargs=self._attention_arguments(sample),
             added_cond_kwargs={**added, "cache": cache},
             return_dict=False,
         )[0]

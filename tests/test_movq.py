@@ -12,8 +12,10 @@ import torch
 from accelerate import cpu_offload
 from diffusers import VQModel
 from diffusers.models.attention_processor import SpatialNorm
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_diffusers.components import adopt
+from kandinsky_diffusers.measuring import peak_bytes
 from kandinsky_diffusers.movq import AtLatentSize, MoVQ
 from tests.support.parity import MODULE, assert_close
 
@@ -159,6 +161,29 @@ def test_gradients_are_those_of_stock(movq: MoVQ, stock: VQModel) -> None:
     expected = gradient(stock)
     torch.manual_seed(0)
     assert_close(gradient(movq), expected, MODULE)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("widths", [(128, 256, 256, 512), (256, 512, 512, 1024)], ids=["2.x", "3.x"])
+def test_decoding_needs_less_memory_than_in_stock_at_the_published_size(widths: tuple[int, ...]) -> None:
+    with FakeTensorMode():
+        movq = MoVQ(
+            block_out_channels=widths,
+            down_block_types=(*("DownEncoderBlock2D",) * 3, "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 3),
+            layers_per_block=2,
+            latent_channels=4,
+            vq_embed_dim=4,
+            norm_type="spatial",
+        ).requires_grad_(False)
+        code = torch.randn(1, 4, 256, 256)  # 2048 x 2048 pixels
+        stock = peak_bytes(lambda: movq.decode(code, force_not_quantize=True, exact_reference=True))
+        assert peak_bytes(lambda: movq.decode(code, force_not_quantize=True)) <= 0.61 * stock
+        if widths[0] == 128:  # the same in the wider one, where it takes seconds more
+            movq.enable_tiling()
+            assert peak_bytes(lambda: movq.decode(code, force_not_quantize=True)) <= 0.16 * stock, "asked is 0.25"
 
 
 # ------------------------------------------------------------------------------------------------ slices

@@ -100,10 +100,12 @@ class KandinskyV22Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyV
         added = {"image_embeds": conditions["image_embeds"], "cache": cache}
         if hint is not None:
             added["hint"] = torch.cat([hint] * halves)
+        sample = self._unet_input(latents, timestep, conditions)
         return self.unet(
-            sample=self._unet_input(latents, timestep, conditions),
+            sample=sample,
             timestep=timestep,
             encoder_hidden_states=None,
+            cross_attention_kwargs=self._attention_arguments(sample),
             added_cond_kwargs=added,
             return_dict=False,
         )[0]

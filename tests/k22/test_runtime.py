@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image, DDIMScheduler
+from diffusers.pipelines import kandinsky2_2
 
+from kandinsky_diffusers import KandinskyV22Pipeline
 from tests.k22.conftest import QUICK, seeded
+from tests.support.parity import MODULE, assert_close
 
 
 QUICK_COMBINED = {**QUICK, "prior_num_inference_steps": 3, "negative_prompt": "ugly", "output_type": "np"}
@@ -85,3 +89,40 @@ def test_the_exact_reference_is_passed_on_to_prior_and_decoder(load: Any) -> Non
     assert not any(calls)
     draw(pipe.exact_reference(False))
     assert any(calls)
+
+
+@torch.no_grad()
+def test_pipelines_that_share_a_movq_are_exact_or_not_at_each_call(make: Any) -> None:
+    stock = make(kandinsky2_2.KandinskyV22Pipeline).movq
+    latents = torch.randn(1, 4, 8, 8)
+    expected = stock.decode(latents, force_not_quantize=True).sample
+    exact, fast = (make(KandinskyV22Pipeline).exact_reference(value) for value in (True, False))
+    assert exact.movq.decoder is fast.movq.decoder, "or this would show nothing"
+    for _ in range(2):
+        assert torch.equal(exact.decode_latents(latents, 64, 64), expected)
+        pixels = fast.decode_latents(latents, 64, 64)
+        assert not torch.equal(pixels, expected), "the saving is off"
+        assert_close(pixels, expected, MODULE)
+    fast.exact_reference(True).movq = deepcopy(stock)
+    assert torch.equal(fast.decode_latents(latents, 64, 64), expected)
+    exact.movq = torch.compile(exact.movq, backend="eager")  # `decode` is the model's own
+    assert torch.equal(exact.decode_latents(latents, 64, 64), expected)
+
+
+def test_channels_lie_in_memory_as_those_of_the_weights(make: Any, inputs: Any) -> None:
+    """On the CPU a convolution whose weights lie otherwise than its input copies them first, at every step."""
+    pipe = make(KandinskyV22Pipeline)
+    convolutions = [module for module in pipe.unet.modules() if isinstance(module, torch.nn.Conv2d)]
+    alike: list[bool] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: alike.append(inputs[0].is_contiguous()))
+        for module in convolutions
+    ]
+    pipe(**inputs("KandinskyV22Pipeline"))
+    assert len(alike) >= len(convolutions)
+    assert all(alike)
+    alike.clear()
+    pipe.exact_reference(True)(**inputs("KandinskyV22Pipeline"))
+    assert not all(alike), "stock's last bits need stock's layout"
+    for hook in hooks:
+        hook.remove()
