@@ -14,13 +14,16 @@ import torch
 import transformers
 from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
 from diffusers import DDIMScheduler, PriorTransformer, UnCLIPScheduler, VQModel
+from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from safetensors.torch import load_file
 
 from kandinsky_diffusers.components import adopt, stock_identity, view_as
 from kandinsky_diffusers.movq import MoVQ
 from kandinsky_diffusers.prior import CachedPriorTransformer
 from kandinsky_diffusers.schedulers import KandinskyUnCLIPScheduler
+from kandinsky_diffusers.unet import UNet2DConditionModel
 from tests.support.processes import PythonProcess
+from tests.support.tiny22 import make_unet
 
 
 def small_prior() -> PriorTransformer:
@@ -33,9 +36,14 @@ def small_vq() -> VQModel:
     return VQModel(block_out_channels=(32,), latent_channels=4, num_vq_embeddings=8).eval()
 
 
+def small_unet() -> StockUNet2DConditionModel:
+    return make_unet("text2image").eval()
+
+
 MODELS: list[tuple[Callable[[], Any], type, str]] = [
     (small_prior, CachedPriorTransformer, "PriorTransformer"),
     (small_vq, MoVQ, "VQModel"),
+    (small_unet, UNet2DConditionModel, "UNet2DConditionModel"),
 ]
 models = pytest.mark.parametrize(("build", "better", "stock_name"), MODELS, ids=[name for _, _, name in MODELS])
 
@@ -84,6 +92,13 @@ def test_everything_else_stays_as_it_is() -> None:
     for component in (None, "text", 3, DDIMScheduler(), torch.nn.Linear(2, 2), CustomVQ(block_out_channels=(32,))):
         assert adopt(component) is component
         assert stock_identity(component) is None
+
+
+def test_a_unet_of_another_family_stays_as_it_is() -> None:
+    other = StockUNet2DConditionModel(
+        block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    assert adopt(other) is other
 
 
 def test_a_view_of_an_unrelated_class_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,16 +52,13 @@ class Windows:
             for corner, prediction in zip(corners, predictions.split(1), strict=True):
                 self._crop(total, *corner).add_(prediction)
         height, width = total.shape[-2:]
-        rows, columns = (_counts(self, length, total.device, total.dtype) for length in (height, width))
+        rows, columns = self._counts(tops, total.new_zeros(height)), self._counts(lefts, total.new_zeros(width))
         return total.div_(rows[:, None]).div_(columns)
 
     def _crop(self, canvas: torch.Tensor, top: int, left: int) -> torch.Tensor:
         return canvas[..., top : top + self.size, left : left + self.size]
 
-
-@functools.lru_cache(maxsize=2)  # height and width; else the host would wait for the device at each step
-def _counts(windows: Windows, length: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    counts = torch.zeros(length, dtype=dtype)
-    for start in windows.starts(length):
-        counts[start : start + windows.size] += 1
-    return counts.to(device)
+    def _counts(self, starts: Sequence[int], counts: torch.Tensor) -> torch.Tensor:
+        for start in starts:
+            counts[start : start + self.size] += 1  # where it is: what is copied there makes the host wait
+        return counts

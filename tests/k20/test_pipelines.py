@@ -21,6 +21,7 @@ from kandinsky_diffusers import (
     KandinskyV20Pipeline,
     KandinskyV20UNet,
 )
+from tests.support.counting import calls_of, rows_of
 from tests.support.shallow import shallow
 
 
@@ -117,11 +118,22 @@ def test_states_stand_for_the_prompt(pipe: Any) -> None:
 
 
 def test_without_guidance_the_negative_prompt_does_not_count(pipe: Any) -> None:
-    one, other = (
-        pipe("a cat", negative_prompt=n, guidance_scale=1.0, generator=seeded(0)[0], **QUICK).images
-        for n in ("ugly", None)
-    )
+    with rows_of(pipe.unet) as rows:
+        one, other = (
+            pipe("a cat", negative_prompt=n, guidance_scale=1.0, generator=seeded(0)[0], **QUICK).images
+            for n in ("ugly", None)
+        )
     assert np.array_equal(one, other)
+    assert rows == [1] * 4
+
+
+def test_conditions_are_read_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("encoder_hid_proj", "add_embedding", "add_k_proj", "add_v_proj")
+    with calls_of(pipe.unet, *names) as calls:
+        drawn = draw(pipe)
+    assert calls == {name: {1} for name in names}
+    monkeypatch.setattr(KandinskyV20UNet, "supports_context_cache", False)
+    assert np.array_equal(draw(pipe), drawn)
 
 
 @pytest.mark.parametrize(

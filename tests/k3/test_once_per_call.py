@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,47 +11,107 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from kandinsky_diffusers import (
+    Kandinsky3AncestralScheduler,
     Kandinsky3ControlNetModel,
     Kandinsky3ControlNetPipeline,
+    Kandinsky3DDPMScheduler,
+    Kandinsky3FlashScheduler,
     Kandinsky3InpaintPipeline,
     Kandinsky3Pipeline,
+    Kandinsky3UNet,
+    Region,
 )
 from kandinsky_diffusers.attention import ContextCache
 from kandinsky_diffusers.k3.denoiser import DenoiserMixin
-from kandinsky_diffusers.k3.ip_adapter_unet import cross_attentions
-from tests.k3.conftest import seeded
+from kandinsky_diffusers.k3.ip_adapter_unet import IPAdapter, cross_attentions, layer_sizes
+from tests.k3.conftest import SIZE, seeded
 from tests.support.counting import calls_of, rows_of
 from tests.support.far_device import moved_far, waits_in_the_loop
+from tests.support.parity import SAMPLER, assert_close
+from tests.support.tiny22 import make_movq
 
 
-STEPS = 3
+STEPS, TOKENS, WIDTH = 2, 5, 10
 LEFT = torch.cat([torch.ones(64, 32), torch.zeros(64, 32)], dim=1)
 
 
+def random_weights(model: Any) -> Any:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def states(*seeds: int) -> dict[str, torch.Tensor]:
+    """What stands for a prompt, and with a second seed for a negative one, too."""
+    signs = dict(zip(("", "negative_"), seeds, strict=False))
+    drawn = {
+        f"{sign}prompt_embeds": torch.randn(1, TOKENS, WIDTH, generator=seeded(s)[0]) for sign, s in signs.items()
+    }
+    return drawn | {f"{sign}attention_mask": torch.ones(1, TOKENS) for sign in signs}
+
+
 @pytest.fixture(scope="module")
-def controlnet(converted_controlnet: Path) -> Any:
-    return Kandinsky3ControlNetModel.from_pretrained(converted_controlnet)
+def unets() -> dict[str, Any]:
+    """As few blocks as there can be; with a null embedding, as the original, and without, as stock."""
+    sizes: dict[str, Any] = {
+        "time_embedding_dim": 16,
+        "groups": 4,
+        "attention_head_dim": 8,
+        "layers_per_block": 2,
+        "block_out_channels": (8, 16, 16, 16),
+        "cross_attention_dim": 12,
+        "encoder_hid_dim": WIDTH,
+    }
+    return {
+        "original": random_weights(Kandinsky3UNet(**sizes, has_null_embedding=True)),
+        "stock": random_weights(Kandinsky3UNet(**sizes)),
+    }
+
+
+@pytest.fixture(scope="module")
+def movq() -> Any:
+    return make_movq().eval()
 
 
 @pytest.fixture
-def full(components: Any, controlnet: Any, ip_adapter: Path, picture: Any, mask: Any, inputs: Any) -> Any:
-    """`full()` is a pipeline with a ControlNet and an IP-Adapter, `full.given` what it is called with, in all."""
-    parts = {name: deepcopy(part) if name == "unet" else part for name, part in components("3.1").items()}
-    pipe: Any = Kandinsky3ControlNetPipeline(**parts, controlnet=controlnet)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_ip_adapter(ip_adapter)
-    pipe.given = {"image": mask, "ip_adapter_image": picture, "regions": [("a lazy dog", LEFT)]}
+def build(unets: dict[str, Any], movq: Any) -> Callable[..., Any]:
+    """`build(cls)`, on models that all tests share; with `own=True` on copies."""
+
+    def pipeline(cls: Any, kind: str = "original", scheduler: Any = None, own: bool = False, **more: Any) -> Any:
+        models = [unets[kind], movq]
+        models = deepcopy(models) if own else models
+        pipe = cls(None, None, models[0], scheduler or Kandinsky3AncestralScheduler(), models[1], **more)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return pipeline
+
+
+def given(cls: Any, **more: Any) -> dict[str, Any]:
+    """What a pipeline of a class is called with, to draw latents from states and without an encoder."""
+    picture = {"image": torch.zeros(1, 4, 8, 8), "mask_image": LEFT} if cls is Kandinsky3InpaintPipeline else {}
+    quick = {**SIZE, "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent"}
+    return {**states(0, 1), **picture, **quick, **more}
+
+
+def draw(pipe: Any, **changed: Any) -> torch.Tensor:
+    return pipe(**given(type(pipe), generator=seeded(0)[0], **getattr(pipe, "given", {}), **changed)).images
+
+
+@pytest.fixture
+def full(build: Any, unets: dict[str, Any]) -> Any:
+    """With a ControlNet, an IP-Adapter and a region; `full.given` is what it is shown."""
+    controlnet = random_weights(Kandinsky3ControlNetModel.from_unet(unets["original"]))
+    pipe = build(Kandinsky3ControlNetPipeline, own=True, controlnet=controlnet)
+    shapes = IPAdapter.on_meta(layer_sizes(pipe.unet), 12, 6, 3).shapes
+    rng = seeded(0)[0]
+    pipe.load_ip_adapter(
+        {key: torch.randn(shape, generator=rng) for key, shape in shapes.items()}, image_encoder_folder=None
+    )
+    embeds = {f"{sign}ip_adapter_image_embeds": torch.randn(1, 6, generator=rng) for sign in ("", "negative_")}
+    pipe.given = {"image": LEFT[None].repeat(3, 1, 1), **embeds, "regions": [Region(None, LEFT, **states(2))]}
     return pipe
-
-
-@pytest.fixture
-def draw(inputs: Any) -> Callable[..., torch.Tensor]:
-    def latents(pipe: Any, **changed: Any) -> torch.Tensor:
-        quick = {"num_inference_steps": STEPS, "output_type": "latent", "generator": seeded(0)[0]}
-        given = getattr(pipe, "given", {})
-        return pipe(**inputs(type(pipe).__name__, **{**quick, **given, **changed})).images
-
-    return latents
 
 
 @pytest.fixture
@@ -78,9 +137,9 @@ def readers(*models: Any) -> torch.nn.ModuleList:
 
 
 # ------------------------------------------------------------------------------------------------------------- counted
-@pytest.mark.parametrize("kind", ["3.1", "stock"])
-def test_the_text_is_read_once(make: Any, draw: Any, without_cache: Any, kind: str) -> None:
-    pipe = make(Kandinsky3Pipeline, kind)
+@pytest.mark.parametrize("kind", ["original", "stock"])
+def test_the_text_is_read_once(build: Any, without_cache: Any, kind: str) -> None:
+    pipe = build(Kandinsky3Pipeline, kind)
     with calls_of(readers(pipe.unet), "to_k", "to_v") as calls:
         latents = draw(pipe)
     assert calls == {"to_k": {1}, "to_v": {1}}
@@ -89,18 +148,17 @@ def test_the_text_is_read_once(make: Any, draw: Any, without_cache: Any, kind: s
     assert calls == {"to_k": {STEPS}, "to_v": {STEPS}}
 
 
-def test_pictures_regions_and_control_are_read_once(full: Any, draw: Any, without_cache: Any) -> None:
-    embedding = full.controlnet.controlnet_cond_embedding
+def test_pictures_regions_and_control_are_read_once(full: Any, without_cache: Any) -> None:
     with (
         calls_of(readers(full.unet, full.controlnet), "to_k", "to_v") as calls,
         calls_of(full.unet, "to_k_ip", "to_v_ip", "image_embeds") as of_pictures,
-        calls_of(embedding, "conv_in") as of_control,
+        calls_of(full.controlnet.controlnet_cond_embedding, "conv_in") as of_control,
     ):
         latents = draw(full)
     assert calls == {"to_k": {1}, "to_v": {1}}
     assert of_pictures == {"to_k_ip": {1}, "to_v_ip": {1}, "image_embeds": {1}}
     assert of_control == {"conv_in": {1}}
-    torch.testing.assert_close(without_cache(lambda: draw(full)), latents, rtol=1e-4, atol=1e-4)
+    assert_close(without_cache(lambda: draw(full)), latents, SAMPLER)
 
 
 # ------------------------------------------------------------------------------------------------------------ changed
@@ -108,8 +166,8 @@ def swap_the_prompt(pipe: Any, index: int, timestep: Any, tensors: dict[str, tor
     return {"prompt_embeds": -tensors["prompt_embeds"]} if index == 0 else {}
 
 
-def show_more_of_the_picture(pipe: Any, index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
-    pipe.set_ip_adapter_scale(float(index))  # 0 after the first step, for which nothing is computed, and then 1
+def show_the_picture(pipe: Any, index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+    pipe.set_ip_adapter_scale(1.0)  # after a step with 0, at which nothing is computed of it
     return {}
 
 
@@ -118,91 +176,81 @@ def hide_the_control_image(pipe: Any, index: int, timestep: Any, tensors: dict[s
     return {}
 
 
-@pytest.mark.parametrize("callback", [swap_the_prompt, show_more_of_the_picture, hide_the_control_image])
-def test_a_callback_that_changes_something_has_it_read_again(
-    full: Any, draw: Any, without_cache: Any, callback: Any
-) -> None:
-    changing = {
-        "callback_on_step_end": callback,
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds", "control_image"],
-    }
+@pytest.mark.parametrize("callback", [swap_the_prompt, show_the_picture, hide_the_control_image])
+def test_a_callback_that_changes_something_has_it_read_again(full: Any, without_cache: Any, callback: Any) -> None:
+    names = ["prompt_embeds", "control_image"]
     full.given["regions"] = None
-    expected = draw(full)
-    changed = draw(full, **changing)
-    assert not torch.equal(changed, expected)
-    full.set_ip_adapter_scale(1.0)
-    assert torch.equal(without_cache(lambda: draw(full, **changing)), changed)
+
+    def changed(**callbacks: Any) -> torch.Tensor:
+        full.set_ip_adapter_scale(0.0)
+        return draw(full, **callbacks)
+
+    changing = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    latents = changed(**changing)
+    assert torch.equal(without_cache(lambda: changed(**changing)), latents)
+    assert not torch.equal(changed(), latents)
 
 
-def test_a_foreign_processor_gets_no_cache(make: Any, components: Any, draw: Any) -> None:
-    pipe = make(Kandinsky3Pipeline, "3.1", unet=deepcopy(components("3.1")["unet"]))
+def test_a_foreign_processor_gets_no_cache(build: Any) -> None:
+    pipe = build(Kandinsky3Pipeline, own=True)
     expected = draw(pipe)
     next(iter(cross_attentions(pipe.unet).values())).set_processor(AttnProcessor2_0())
     assert not pipe.unet.supports_context_cache
-    torch.testing.assert_close(draw(pipe), expected)
+    assert_close(draw(pipe), expected, SAMPLER)
 
 
 # --------------------------------------------------------------------------------------------------------- done to it
-def test_the_code_of_compiled_blocks_is_the_same_for_all_of_them_and_at_every_step(components: Any) -> None:
-    unet = deepcopy(components("3.1")["unet"])
-    made = []
+def test_the_code_of_compiled_blocks_is_the_same_for_all_of_them_and_at_every_step(unets: dict[str, Any]) -> None:
+    unet, made = deepcopy(unets["original"]), []
 
     def compiler(graph: Any, inputs: Any) -> Any:
         made.append(graph)
         return graph.forward
 
     torch.compiler.reset()
-    _, first, second, *_ = unet.down_blocks[-1].attentions
-    for block in (first, second):
+    for block in list(unet.down_blocks[-1].attentions)[1:]:
         block.compile(backend=compiler, fullgraph=True)
     cache, counts = ContextCache(), []
-    width, text = unet.config.cross_attention_dim, unet.config.in_channels
-    arguments = (torch.randn(2, 5, width), torch.ones(2, 5))
     with torch.no_grad():
-        for timestep in (900, 500, 100):
-            unet(torch.randn(2, text, 8, 8), timestep, *arguments, projected=True, cache=cache)
+        for timestep in (900, 100):
+            arguments = (torch.randn(2, 5, 12), torch.ones(2, 5))
+            unet(torch.randn(2, 4, 8, 8), timestep, *arguments, projected=True, cache=cache)
             counts.append(len(made))
     torch.compiler.reset()
-    assert counts == [1, 1, 1]
+    assert counts == [1, 1]
 
 
-@pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_rows_that_guidance_needs(make: Any, draw: Any, scale: float) -> None:
-    for cls in (Kandinsky3Pipeline, Kandinsky3InpaintPipeline):
-        pipe = make(cls, "3.1")
+def test_rows_that_guidance_needs(build: Any) -> None:
+    for cls, scale, rows in (
+        (Kandinsky3Pipeline, 0.0, 1),
+        (Kandinsky3InpaintPipeline, 0.0, 1),
+        (Kandinsky3Pipeline, 1.0, 2),
+    ):
+        pipe = build(cls)
         with rows_of(pipe.unet) as counted:
-            draw(pipe, guidance_scale=scale, **picture_of(cls))
-        assert counted == [1 if scale == 0.0 else 2] * STEPS
-
-
-def picture_of(cls: type) -> dict[str, Any]:
-    return {"image": torch.zeros(1, 3, 64, 64), "mask_image": LEFT} if cls is Kandinsky3InpaintPipeline else {}
+            draw(pipe, guidance_scale=scale)
+        assert counted == [rows] * STEPS
 
 
 @pytest.mark.parametrize(
-    ("kind", "cls"),
-    [("3.0", Kandinsky3Pipeline), ("3.1", Kandinsky3InpaintPipeline), ("flash", Kandinsky3Pipeline)],
+    ("cls", "scheduler"),
+    [
+        (Kandinsky3InpaintPipeline, Kandinsky3DDPMScheduler),
+        (Kandinsky3Pipeline, Kandinsky3AncestralScheduler),
+        (Kandinsky3InpaintPipeline, Kandinsky3FlashScheduler),
+    ],
 )
-def test_the_host_waits_for_nothing_in_the_loop(make: Any, components: Any, inputs: Any, kind: str, cls: Any) -> None:
-    """See the test of the same name for 2.2. The scheduler of 3.0 and 3.1 has a dynamic threshold."""
-    pipe = make(cls, kind, **{name: deepcopy(components(kind)[name]) for name in ("unet", "movq")})
-    names = ("prompt_embeds", "negative_prompt_embeds", "attention_mask", "negative_attention_mask")
-    states = dict(zip(names, pipe.encode_prompt("a red fox"), strict=True))
-    pipe = cls(**{**pipe.components, "text_encoder": None, "tokenizer": None})
-    pipe.set_progress_bar_config(disable=True)
+def test_the_host_waits_for_no_scheduler(build: Any, cls: Any, scheduler: Any) -> None:
+    """The network is none; that of the next test is one."""
+    pipe = build(cls, scheduler=scheduler(), own=True)
     for model in (pipe.unet, pipe.movq):
         moved_far(model)
-    given = {**states, **picture_of(cls), "num_inference_steps": STEPS, "output_type": "latent"}
-    assert waits_in_the_loop(pipe, height=64, width=64, guidance_scale=3.0, **given) == []
+    pipe.predict_noise = lambda latents, timestep, conditions: latents.repeat(2, 1, 1, 1)
+    assert waits_in_the_loop(pipe, **given(cls)) == []
 
 
-def test_the_host_waits_for_nothing_with_pictures_regions_and_control(full: Any, inputs: Any) -> None:
-    models = {
-        name: deepcopy(getattr(full, name)) for name in ("unet", "movq", "controlnet", "image_encoder", "text_encoder")
-    }
-    pipe = type(full)(**{**full.components, **models})
-    pipe.set_progress_bar_config(disable=True)
-    for model in models.values():
+def test_the_host_waits_for_nothing_with_pictures_regions_and_control(full: Any) -> None:
+    """See the test for 2.2."""
+    for model in (full.unet, full.movq, full.controlnet):
         moved_far(model)
-    given = inputs(type(pipe).__name__, **full.given, num_inference_steps=STEPS, output_type="latent")
-    assert waits_in_the_loop(pipe, **given) == []
+    assert waits_in_the_loop(full, **given(type(full), **full.given)) == []

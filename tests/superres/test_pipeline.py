@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kandinsky_diffusers.superres.windows import Windows
 from tests.superres.conftest import KINDS, narrow_pipeline, picture
+from tests.support.far_device import FAR, moved_far, waits_in_the_loop
 
 
 QUICK: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt"}
@@ -244,3 +245,12 @@ def test_the_network_refuses_sizes_that_it_cannot_halve() -> None:
 def test_a_pipeline_without_a_refiner_has_no_tiles_to_set() -> None:
     with pytest.raises(ValueError, match="no `movq`"):
         narrow_pipeline("x4").enable_movq_tiling()
+
+
+@pytest.mark.parametrize("kind", ["x2", "flash"])
+def test_the_host_waits_for_nothing_in_the_loop(kind: str) -> None:
+    """With canvas and noise on the device; see the test of the same name for 2.2."""
+    pipe = narrow_pipeline(kind)
+    moved_far(pipe.unet)
+    arguments = {"num_inference_steps": 2, "output_type": "pt", "canvas_device": FAR, "seed": None}
+    assert waits_in_the_loop(pipe, "predict_sample", image=picture(16, 40), **arguments) == []

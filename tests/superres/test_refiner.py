@@ -15,6 +15,7 @@ from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, Dif
 from kandinsky_diffusers import Kandinsky3FlashScheduler, Kandinsky3UNet, KandiSuperResPipeline, MoVQ
 from kandinsky_diffusers.superres import refiner
 from tests.superres.conftest import picture
+from tests.support.counting import calls_of, rows_of
 from tests.support.parity import assert_close
 
 
@@ -179,3 +180,12 @@ def test_a_part_of_the_refiner_is_not_enough(pipe: Any) -> None:
     with pytest.raises(ValueError, match="`refine` is True, and the pipeline has no `context`"):
         draw(pipe)
     assert draw(pipe, refine=False).shape == (1, 64, 80, 3)
+
+
+def test_the_refiner_reads_its_context_once_for_all_tiles(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refiner, "TILE", 8)
+    monkeypatch.setattr(refiner, "STRIDE", 8)
+    with calls_of(pipe.refiner.add_time_condition, "to_k") as calls, rows_of(pipe.refiner) as rows:
+        draw(pipe, 64, 32)
+    assert len(rows) > 1
+    assert calls == {"to_k": {1}}

@@ -104,6 +104,6 @@ def waits_in_the_loop(pipe: Any, predict: str = "predict_noise", **arguments: An
         with FarDevice() as far:
             pipe(**arguments, callback_on_step_end=mark)
     finally:
-        delattr(pipe, predict)
+        setattr(pipe, predict, original)
     assert len(marks) > 2, "a prediction and several steps"
     return far.waits[marks[0] : marks[-1]]
