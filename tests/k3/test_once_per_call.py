@@ -110,7 +110,8 @@ def full(build: Any, unets: dict[str, Any]) -> Any:
         {key: torch.randn(shape, generator=rng) for key, shape in shapes.items()}, image_encoder_folder=None
     )
     embeds = {f"{sign}ip_adapter_image_embeds": torch.randn(1, 6, generator=rng) for sign in ("", "negative_")}
-    pipe.given = {"image": LEFT[None].repeat(3, 1, 1), **embeds, "regions": [Region(None, LEFT, **states(2))]}
+    region: Any = {"prompt": None, "mask": LEFT, **states(2)}
+    pipe.given = {"image": LEFT[None].repeat(3, 1, 1), **embeds, "regions": [Region(**region)]}
     return pipe
 
 
