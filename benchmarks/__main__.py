@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from .measure import machine
+from .models import build
 from .report import print_lines, print_tables, write_html
 from .runner import Plan, measure_case
 from .selection import listed, select
@@ -61,6 +62,7 @@ def main(
     about = {"machine": machine(device), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     done: list[Row] = []
     for selection in [] if render else selections:
+        build.cache_clear()
         names = selection.candidates(device)
         plan = Plan(names, repeats, memory)
         for case in selection.cases(device, tiny) if names else []:

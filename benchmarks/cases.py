@@ -116,8 +116,7 @@ class Subject:
     Args:
         name: as in `--only`.
         title: for people.
-        measure: rows for a case; see `runner`.
-        models: names in `models.MODELS`.
+        measure: rows for a case, of subject, case and `runner.Plan`.
         steps: of the sampler, on each device; None where there are none.
         per_step: whether the time of a step counts, and not that of the whole.
         sizes: by device.
@@ -133,7 +132,6 @@ class Subject:
     name: str
     title: str
     measure: Callable[..., list[dict[str, Any]]]
-    models: Sequence[str] = ()
     steps: Mapping[str, int] | None = None
     per_step: bool = False
     sizes: Mapping[str, Sequence[int]] = field(default_factory=lambda: {"cpu": (512,), "cuda": (512, 768, 1024)})

@@ -93,7 +93,7 @@ TINY = {
 ZEROS_AT_FIRST = ("positional_embedding", "prd_embedding", "clip_mean", "clip_std", "null_embedding")
 
 
-@functools.lru_cache(maxsize=3)  # of one subject; the runner clears it before the next one
+@functools.lru_cache(maxsize=3)  # of one subject; cleared before the next one
 def build(name: str, device: str, dtype: torch.dtype, tiny: bool) -> Any:
     """A model of `MODELS`, for inference, with PyTorch's own random weights; built where it is used."""
     cls, config, small = MODELS[name]

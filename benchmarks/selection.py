@@ -50,11 +50,15 @@ def select(only: str, chosen: Mapping[str, Sequence[str]]) -> list[Selection]:
         chosen: what of all subjects, where an item does not say.
 
     Raises:
-        ValueError: an item names no subject, or has too many parts.
+        ValueError: an item names no subject, or has too many parts; or a candidate is unknown.
     """
-    if not listed(only):
-        return [Selection(subject, chosen) for subject in SUBJECTS.values() if not subject.when_named]
-    return [selection for item in listed(only) for selection in _select(item, chosen)]
+    selections = [Selection(subject, chosen) for subject in SUBJECTS.values() if not subject.when_named]
+    if listed(only):
+        selections = [selection for item in listed(only) for selection in _select(item, chosen)]
+    known = {name for subject in SUBJECTS.values() for name in subject.candidates}
+    for name in {name for selection in selections for name in selection.chosen.get("against", ())} - known:
+        raise ValueError(f"`against` has {name!r}; accepted are {', '.join(sorted(known))}.")
+    return selections
 
 
 def _select(item: str, chosen: Mapping[str, Sequence[str]]) -> list[Selection]:

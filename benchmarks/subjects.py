@@ -27,9 +27,8 @@ TITLES = {
 
 def _decoders() -> list[Subject]:
     subjects = []
-    for family, parts in FAMILIES.items():
+    for family in FAMILIES:
         steps = 4 if family == "flash" else 50
-        models = {parts.unet, parts.stock_unet or parts.unet}
         step: dict[str, Any] = {"steps": FEW_STEPS | {"cuda": min(steps, FEW_STEPS["cuda"])}, "per_step": True}
         subjects += [
             Subject(
@@ -38,7 +37,6 @@ def _decoders() -> list[Subject]:
                 if family != "flash"
                 else f"{TITLES[family]}: one step, the UNet and the scheduler",
                 partial(measure_workload, make=partial(workload, family=family, of_steps=True)),
-                (*models, "no-movq"),
                 reduced="512 pixels, one step of two",
                 **step,
             ),
@@ -46,7 +44,6 @@ def _decoders() -> list[Subject]:
                 f"{family}-run",
                 f"{TITLES[family]}: {steps} steps and decoding",
                 partial(measure_workload, make=partial(workload, family=family, of_steps=False)),
-                (*models, parts.movq),
                 steps={"cpu": 2, "cuda": steps},
                 reduced=f"512 pixels, 2 steps of {steps}",
             ),
@@ -54,12 +51,11 @@ def _decoders() -> list[Subject]:
     return subjects
 
 
-def _accuracy(name: str, title: str, models: tuple[str, ...], **options: Any) -> Subject:
+def _accuracy(name: str, title: str, **options: Any) -> Subject:
     options = {"sizes": {"cpu": (64,), "cuda": (128,)}, "candidates": (STOCK, OURS)} | options
     return Subject(
         f"accuracy-{name}",
         f"Accuracy of half precision: {title}",
-        models=models,
         batches=dict.fromkeys(ONE, (SAMPLES,)),
         dtypes={"cpu": ("bfloat16",), "cuda": ("float16", "bfloat16")},
         reduced="64 pixels, bfloat16",
@@ -72,7 +68,6 @@ ALL = (
         "prior",
         "Prior of 2.2: 25 steps",
         partial(measure_workload, make=prior_workload),
-        ("prior",),
         steps={"cpu": 25, "cuda": 25},
         sizes=NO_SIZE,
     ),
@@ -82,7 +77,6 @@ ALL = (
             f"movq-{family}",
             f"MoVQ of {family}.x: decoding",
             partial(measure_workload, make=partial(movq_workload, name=f"movq-{family}")),
-            (f"movq-{family}",),
             sizes={"cpu": (512,), "cuda": (512, 768, 1024, 2048)},
             candidates=(*CANDIDATES[:3], TILED, OPTIMIZED),
             on_cpu=(STOCK, OURS, TILED),
@@ -95,7 +89,6 @@ ALL = (
         "superres-window",
         "KandiSuperRes x4: one window through the UNet",
         partial(measure_workload, make=superres_window),
-        ("unet-superres",),
         sizes={"cpu": (256,), "cuda": (512, 1024)},
         batches=ONE,
         candidates=(EXACT, OURS, OPTIMIZED),
@@ -106,7 +99,6 @@ ALL = (
         "superres-run",
         "KandiSuperRes x4: 5 steps",
         partial(measure_workload, make=superres_run),
-        ("unet-superres",),
         steps={"cpu": 2, "cuda": 5},
         sizes={"cpu": (256,), "cuda": (1024, 2048)},
         batches=ONE,
@@ -117,7 +109,6 @@ ALL = (
     _accuracy(
         "prior",
         "predictions of the prior",
-        ("prior",),
         measure=partial(measure_accuracy, outputs=prior_outputs),
         sizes=NO_SIZE,
     ),
@@ -125,7 +116,6 @@ ALL = (
         _accuracy(
             family,
             f"two steps of {family}",
-            (FAMILIES[family].unet, "no-movq"),
             measure=partial(measure_accuracy, outputs=partial(decoder_outputs, family=family)),
             candidates=(STOCK, OURS, OPTIMIZED),
         )
@@ -135,7 +125,6 @@ ALL = (
         _accuracy(
             f"movq-{family}",
             f"MoVQ of {family}.x",
-            (f"movq-{family}",),
             measure=partial(measure_accuracy, outputs=partial(movq_outputs, model=f"movq-{family}")),
         )
         for family in (2, 3)
@@ -144,7 +133,6 @@ ALL = (
         "load",
         "Loading a decoder of 2.2",
         partial(measure_loading, make=loading_workload),
-        ("unet-2.2", "movq-2"),
         sizes=NO_SIZE,
         batches=ONE,
         candidates=(STOCK, OURS),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.cases import OURS, STOCK, Case, Outcome, Run, Subject, Workload
+from benchmarks.cases import OPTIMIZED, OURS, STOCK, Case, Outcome, Run, Subject, Workload
 from benchmarks.models import build, twin
 from benchmarks.report import write_html
 from benchmarks.runner import Plan, measure_case, measure_workload
@@ -125,9 +125,16 @@ def test_an_item_may_say_what_of_it() -> None:
     assert set(movq.candidates("cuda")) > {STOCK, OURS}
 
 
-@pytest.mark.parametrize("only", ["2.2-stop", "prior:0:1:float32:stock:5"])
-def test_what_cannot_be_selected_is_an_error(only: str) -> None:
-    with pytest.raises(ValueError, match=r"`only` has '" + only):
+@pytest.mark.parametrize(
+    ("only", "error"),
+    [
+        ("2.2-stop", "`only` has '2.2-stop'"),
+        ("prior:0:1:float32:stock:5", "`only` has 'prior:0:1:float32:stock:5'"),
+        ("prior::::theirs", "`against` has 'theirs'"),
+    ],
+)
+def test_what_cannot_be_selected_is_an_error(only: str, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
         select(only, {})
 
 
@@ -169,6 +176,19 @@ def test_candidates_take_turns_and_one_that_fails_does_not_take_the_others_with_
     assert broken["error"] == "ValueError: there is no such way"
     assert ours["difference"] == 0.25
     assert "difference" not in stock
+
+
+def test_compiled_work_is_counted_like_the_same_work_that_is_not() -> None:
+    def matmul(steps: int | None) -> Outcome:
+        return Outcome(torch.ones(2, 3) @ torch.ones(3, 4))
+
+    ways = {name: lambda: matmul for name in (STOCK, OURS, OPTIMIZED)}
+    subject = Subject("fake", "", partial(measure_workload, make=lambda case: Workload(ways)))
+
+    rows = measure_case(subject, CASE, Plan([OURS, OPTIMIZED], repeats=1), ABOUT)
+
+    assert [row["flops"] for row in rows] == [2 * 2 * 3 * 4] * 2
+    assert all(row["peak_fraction"] > 0 for row in rows)
 
 
 def test_a_subject_that_fails_as_a_whole_is_told_of_in_each_row(tmp_path: Path) -> None:
