@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -96,6 +98,17 @@ def view_as(component: Any, cls: type[T]) -> T:
 
         add_hook_to_module(view, hook)
     return view
+
+
+@contextmanager
+def hidden(pipe: Any, names: Sequence[str]) -> Iterator[None]:
+    """A pipeline without these components; they are not taken off: its configuration stays."""
+    kept = {name: getattr(pipe, name) for name in names}
+    vars(pipe).update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        vars(pipe).update(kept)
 
 
 @functools.cache
