@@ -127,7 +127,10 @@ def settings(
     texts = tuple(name for name in models if "text_encoder" in name and not is_quantised(models[name]))
     texts = tuple(name for name in texts if allow_quantization and not is_in_eight_bits(models[name]))
     pieces = list(_pieces(pipe, size, batch_size))
-    half = allow_half and device.type != "cpu"
+    castable = any(
+        weight_bytes(model, casting(pipe, name, model, True)) < sizes[name] for name, model in models.items()
+    )
+    half = allow_half and castable and device.type != "cpu"
     placements = [Setting()]
     if half:
         placements.append(Setting(half=True))
