@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ class Estimates:
     def __init__(self, pipe: Any, size: tuple[int, int], batch_size: int):
         self._pipe, self._models, self._autoencoder = pipe, models_of(pipe), autoencoder_of(pipe)
         self._loads = {name: pipe._load_of(name, size, batch_size) for name in self._models}
-        self._uses = _uses(pipe)
+        self._uses = uses_of(pipe)
         self._known: dict[tuple[Any, ...], int] = {}
 
     def stages(self, setting: Setting, limit: float = math.inf) -> tuple[Stage, ...]:
@@ -197,7 +198,7 @@ class Estimates:
         """
         chain = [name for name in self._pipe.model_cpu_offload_seq.split("->") if name in self._models]
         chain = [name for name in chain if name not in setting.streamed]
-        before = dict(zip(chain[1:], chain, strict=False))
+        before = {later: earlier for earlier, later in pairwise(chain)}
         loaded: Set[str] = set() if setting.offload else self._models.keys()
         for name, encodes in uses:
             if setting.offload and name not in setting.streamed:
@@ -270,7 +271,7 @@ def _pieces(pipe: Any, size: tuple[int, int], batch_size: int) -> Iterator[tuple
     yield from ((True, tile) for tile in tiles if tile < max(size))
 
 
-def _uses(pipe: Any) -> list[list[tuple[str, bool]]]:
+def uses_of(pipe: Any) -> list[list[tuple[str, bool]]]:
     """For each way that a call may go, the models in the order of use, and whether an autoencoder encodes.
 
     Models of which the pipeline's class does not say when they are used come first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from transformers import T5Config, T5EncoderModel
 import kandinsky_diffusers
 from kandinsky_diffusers import Kandinsky3UNet, fitting
 from kandinsky_diffusers.fitting import as_bytes
-from kandinsky_diffusers.memory_estimates import RESERVE, Estimates, Rung, Setting, models_of, settings, sizes_of
+from kandinsky_diffusers.memory_estimates import (
+    RESERVE,
+    Estimates,
+    Rung,
+    Setting,
+    models_of,
+    settings,
+    sizes_of,
+    uses_of,
+)
 from kandinsky_diffusers.memory_plan import MemoryPlan
 from tests.support.parity import assert_close
 from tests.support.tiny22 import tiny_components
@@ -286,3 +296,30 @@ def test_estimates_follow_the_order_in_which_models_run() -> None:
     assert stages["prior_prior"].peak == sizes["prior_prior"]  # the text encoder is gone
     assert stages["movq (encoding)"].peak > sizes["movq"]  # the image encoder, which comes before the UNet, is not
     assert stages["unet"].peak > stages["movq (encoding)"].peak - sizes["movq"] + RESERVE
+
+
+@pytest.mark.parametrize("cls", ["KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline"])
+@pytest.mark.parametrize("negative", [None, "ugly"])
+def test_models_run_in_the_order_of_which_the_pipeline_speaks(
+    cls: str, negative: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = getattr(kandinsky_diffusers, cls)(**tiny_components())
+    pipe.set_progress_bar_config(disable=True)
+    used: list[str] = []
+    for name, model in models_of(pipe).items():
+        for function in ("forward", "encode", "decode"):
+            if hasattr(model, function):
+                monkeypatch.setattr(model, function, noted(getattr(model, function), used, name))
+    image = {"image": torch.zeros(1, 3, 64, 64), "strength": 1.0} if "Img2Img" in cls else {}
+    steps: Any = {"num_inference_steps": 1, "prior_num_inference_steps": 2}
+    pipe("a cat", negative_prompt=negative, **image, **SIZE, **steps, output_type="pt")
+    order = [name for name, following in pairwise([*used, ""]) if name != following]
+    assert order in [[name for name, _ in way] for way in uses_of(pipe)]
+
+
+def noted(function: Callable[..., Any], used: list[str], name: str) -> Callable[..., Any]:
+    def noting(*arguments: Any, **options: Any) -> Any:
+        used.append(name)
+        return function(*arguments, **options)
+
+    return noting

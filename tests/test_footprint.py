@@ -40,7 +40,7 @@ def in_half(name: str, tensor: torch.Tensor) -> torch.dtype:
     return torch.float16 if tensor.is_floating_point() else tensor.dtype
 
 
-def make_t5() -> T5EncoderModel:
+def make_t5() -> Any:
     torch.manual_seed(0)
     config = T5Config(vocab_size=300, d_model=128, d_kv=32, d_ff=256, num_layers=12, num_heads=4)
     return T5EncoderModel(T5Config(**{**config.to_dict(), "feed_forward_proj": "gated-gelu"})).eval()
@@ -65,10 +65,21 @@ def pipes(converted_20: Path, converted_21: Path, tiny_repos: Path) -> dict[str,
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-@pytest.mark.parametrize("family", ["2.0", "2.1", "2.2", "2.2 depth", "3.1", "superres"])
+MODELS = {
+    "2.0": ("text_encoder", "text_encoder_2", "unet", "vae"),
+    "2.1": ("unet",),
+    "2.2": ("prior_text_encoder", "prior_prior", "prior_image_encoder", "unet", "movq"),
+    "2.2 depth": ("unet",),
+    "3.1": ("text_encoder", "unet", "controlnet"),
+    "superres": ("unet", "context"),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
 def test_a_copy_without_numbers_takes_what_the_model_takes(pipes: dict[str, Any], family: str) -> None:
-    for name, model in models_of(pipes[family]).items():
-        load = pipes[family]._load_of(name, (64, 128), 1)
+    for name in MODELS[family]:
+        model = models_of(pipes[family])[name]
+        load = pipes[family]._load_of(name, (64, 64), 1)
         before = {key: tensor.data_ptr() for key, tensor in model.state_dict().items()}
         measured = running_bytes(model, as_it_is, load)
         assert {key: tensor.data_ptr() for key, tensor in model.state_dict().items()} == before, name
@@ -134,7 +145,7 @@ def test_a_large_model_is_measured_without_its_memory() -> None:
 # ------------------------------------------------------------------------------------------------ 8 bits
 
 
-def states(model: T5EncoderModel) -> torch.Tensor:
+def states(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(300).view(4, 75)).last_hidden_state.float()
 
@@ -160,7 +171,7 @@ def test_eight_bits_save_what_is_said() -> None:
 
 
 def test_rows_with_nothing_in_them_stay_so() -> None:
-    layer = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False).half())
+    layer: Any = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False).half())
     layer[0].weight.data[1] = 0
     exact = deepcopy(layer[0].weight.data)
     in_eight_bits(layer)
