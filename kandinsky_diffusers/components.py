@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +126,17 @@ def what_fixes_forward(component: Any, cls: type) -> str | None:
     if "forward" in fixed and getattr(forward, "__func__", None) in (type(component).forward, cls.forward):
         fixed.remove("forward")
     return fixed[0] if fixed else None
+
+
+@contextmanager
+def hidden(pipe: Any, names: Sequence[str]) -> Iterator[None]:
+    """A pipeline without these components; they are not taken off: its configuration stays."""
+    kept = {name: getattr(pipe, name) for name in names}
+    vars(pipe).update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        vars(pipe).update(kept)
 
 
 @functools.cache

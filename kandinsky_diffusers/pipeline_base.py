@@ -20,7 +20,9 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from .attention import enable_xformers, use_dispatched_attention
-from .components import adopt, stock_identity
+from .components import adopt, hidden, stock_identity
+from .eight_bits import check_savable
+from .fitting import FittingMixin
 from .hub import open_repo, push_saved
 from .movq import MoVQ
 from .optimization import Optimization, optimizable, take_back
@@ -34,7 +36,7 @@ SIDE_SCHEDULERS = ("ddpm_scheduler", "ancestral_scheduler")
 _dtypes_are_chosen: ContextVar[bool] = ContextVar("dtypes_are_chosen", default=False)
 
 
-class KandinskyPipelineMixin:
+class KandinskyPipelineMixin(FittingMixin):
     """Mixed in before the stock pipeline class.
 
     A stock component for which there is a better class is taken on as a view of that class; `model_index.json` goes on
@@ -99,13 +101,9 @@ class KandinskyPipelineMixin:
         dtype = kwargs.get("dtype", next((value for value in args if isinstance(value, torch.dtype)), None))
         if dtype not in HALF_PRECISION or not self._float32_components:
             return super().to(*args, **kwargs)
-        kept = {name: getattr(self, name) for name in self._float32_components}
-        vars(self).update(dict.fromkeys(kept))  # hidden, not taken off: the configuration stays
         device = kwargs.pop("device", next((value for value in args if not isinstance(value, torch.dtype)), None))
-        try:
+        with hidden(self, self._float32_components):
             super().to(**{**kwargs, "dtype": dtype})
-        finally:
-            vars(self).update(kept)
         return self if device is None else super().to(device, **{**kwargs, "dtype": None})
 
     def check_call(self, **arguments: Any) -> dict[str, Any]:
@@ -234,6 +232,7 @@ class KandinskyPipelineMixin:
         Raises:
             HubError: see [`push_to_hub`].
         """
+        check_savable(self.components)
         if push_to_hub:
             repo_id = open_repo(repo_id or Path(save_directory).name, private=private, token=token)
         side_schedulers = _side_schedulers(self.config.get("_name_or_path"))

@@ -62,7 +62,8 @@ class PriorPipeline(RunsCalls, KandinskyLoraMixin, KandinskyPipelineMixin, Diffu
         image_processor: CLIP's.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->prior"
+    model_cpu_offload_seq = "text_encoder->prior->image_encoder"
+    _orders_of_use = (model_cpu_offload_seq, "text_encoder->prior")  # a negative prompt needs no image encoder
     _exclude_from_cpu_offload = ()
     _lora_loadable_modules: ClassVar = ["prior"]
     _callback_tensor_inputs = ("latents", *CONDITIONS)

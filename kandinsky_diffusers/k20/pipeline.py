@@ -47,6 +47,7 @@ class KandinskyV20Pipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineM
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _orders_of_use = ("text_encoder->text_encoder_2->vae->unet->vae",)
     _text_inputs = TextInputs
     _added_conditions: ClassVar = {"text_embeds": "pooled_prompt_embeds", "text_embeds_2": "prompt_embeds_2"}
     _callback_tensor_inputs = ("latents", *TextInputs.state_names())

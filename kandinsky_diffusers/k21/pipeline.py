@@ -35,6 +35,7 @@ class KandinskyPipeline(TextConditionsMixin, DecoderMixin, KandinskyPipelineMixi
     """
 
     model_cpu_offload_seq = "text_encoder->unet->movq"
+    _orders_of_use = ("text_encoder->movq->unet->movq",)
     _added_conditions: ClassVar = {"text_embeds": "pooled_prompt_embeds", "image_embeds": "image_embeds"}
     _callback_tensor_inputs = (
         "latents",

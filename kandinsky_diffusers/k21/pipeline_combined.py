@@ -46,7 +46,11 @@ class KandinskyCombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, Sto
     Args: the components of [`KandinskyPipeline`], and those of [`KandinskyPriorPipeline`] with `prior_` in front.
     """
 
-    model_cpu_offload_seq = "prior_text_encoder->prior_image_encoder->prior_prior->text_encoder->unet->movq"
+    model_cpu_offload_seq = "prior_text_encoder->prior_prior->prior_image_encoder->text_encoder->unet->movq"
+    _orders_of_use = (  # a negative prompt needs no image encoder
+        "prior_text_encoder->prior_prior->prior_image_encoder->text_encoder->movq->unet->movq",
+        "prior_text_encoder->prior_prior->text_encoder->movq->unet->movq",
+    )
     _exclude_from_cpu_offload = ()
     _adopted_schedulers = ("prior_scheduler",)
     _callback_tensor_inputs = KandinskyPipeline._callback_tensor_inputs

@@ -36,6 +36,7 @@ class KandinskyV22Pipeline(DecoderMixin, KandinskyPipelineMixin, StockKandinskyV
     """
 
     model_cpu_offload_seq = "unet->movq"
+    _orders_of_use = ("movq->unet->movq",)
     _callback_tensor_inputs = ("latents", "image_embeds", "negative_image_embeds")
 
     def __init__(

@@ -46,7 +46,11 @@ class KandinskyV22CombinedPipeline(ConnectedPriorMixin, KandinskyPipelineMixin, 
     Args: the components of [`KandinskyV22Pipeline`], and with `prior_` in front those of its prior.
     """
 
-    model_cpu_offload_seq = "prior_text_encoder->prior_image_encoder->prior_prior->unet->movq"
+    model_cpu_offload_seq = "prior_text_encoder->prior_prior->prior_image_encoder->unet->movq"
+    _orders_of_use = (  # a negative prompt needs no image encoder
+        "prior_text_encoder->prior_prior->prior_image_encoder->movq->unet->movq",
+        "prior_text_encoder->prior_prior->movq->unet->movq",
+    )
     _exclude_from_cpu_offload = ()
     _callback_tensor_inputs = KandinskyV22Pipeline._callback_tensor_inputs
     _prior_class = KandinskyV22PriorPipeline

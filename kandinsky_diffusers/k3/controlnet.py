@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandin
 from diffusers.utils import BaseOutput
 
 from ..context_cache import ContextCache
+from ..footprint import TEXT_LENGTH, Load, run_once
 from .denoiser import DenoiserMixin, Read, additive_mask
 
 
@@ -207,3 +208,12 @@ def _scaled(residual: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor
         return residual * scale
     scale = F.interpolate(scale, residual.shape[-2:], mode="nearest-exact")
     return residual * _repeated(scale, len(residual)).to(residual)
+
+
+@run_once.register
+def _(model: Kandinsky3ControlNetModel, load: Load, encodes: bool) -> None:
+    config: Any = model.config
+    empty = partial(torch.empty, dtype=model.dtype)
+    sample = empty(load.rows, config.in_channels, *load.latents)
+    context = empty(load.rows, TEXT_LENGTH, config.cross_attention_dim)
+    model(sample, 1, context, None, empty(load.pictures, config.conditioning_channels, *load.pixels))

@@ -81,6 +81,7 @@ class Kandinsky3Pipeline(
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->movq"
+    _orders_of_use = ("text_encoder->unet->image_encoder->movq->controlnet->unet->movq",)
     _optional_components: ClassVar = ["image_encoder", "feature_extractor"]
     _callback_tensor_inputs = (
         "latents",
@@ -91,6 +92,7 @@ class Kandinsky3Pipeline(
     )
     _adopted_schedulers = ("scheduler",)
     _float32_components = ("movq",)
+    _side = SIDE
     _reducing_gap = None
     _scale_without_guidance = 0.0
     _inpainting_inputs = ("mask_image", "masked_image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +17,17 @@ from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from .. import sampling
+from ..footprint import Load
 from ..images import Images, as_list, made_rgb, pad_to, pixels_from, pixels_to, resize_pixels, size_of
 from ..inputs import check_at_most, check_choice, check_counts, check_generators
 from ..k3 import Kandinsky3UNet
-from ..movq import MoVQ
+from ..movq import MoVQ, pixels_per_latent
 from ..options import Generators, Pictures, accepts
 from ..pipeline_base import KandinskyPipelineMixin
 from ..running import RunningCall, RunsCalls
 from ..schedulers import Kandinsky3FlashScheduler
 from .context import KandiSuperResContext
-from .refiner import Refiner
+from .refiner import TILE, Refiner
 from .sizes import Side, SizeRule
 from .unet import KandiSuperResUNet
 from .windows import Windows
@@ -127,6 +129,7 @@ class KandiSuperResPipeline(RunsCalls, KandinskyPipelineMixin, DiffusionPipeline
     """
 
     model_cpu_offload_seq = "unet->context->refiner->movq"
+    _orders_of_use = ("unet->movq->context->refiner->movq",)
     _optional_components = ["refiner", "refiner_scheduler", "movq", "context"]  # noqa: RUF012 (as in diffusers)
     _callback_tensor_inputs = ("latents", "image")
     _float32_components = ("movq",)
@@ -163,6 +166,22 @@ class KandiSuperResPipeline(RunsCalls, KandinskyPipelineMixin, DiffusionPipeline
             window_stride=window_stride,
             view_batch_size=view_batch_size,
         )
+
+    @property
+    def _side(self) -> int:
+        return self.config.window_size
+
+    def _load_of(self, component: str, size: tuple[int, int], batch_size: int) -> Load:
+        """Windows for the UNet, tiles for the refiner; pictures are drawn one after the other."""
+        if component != "unet":
+            load, scale = super()._load_of(component, size, 1), pixels_per_latent(self.movq)
+            tile = TILE if component == "refiner" or self.movq is None else self.movq.tile_sample_min_size // scale
+            height, width = (min(length, tile) for length in load.latents)
+            return Load(1, 1, (height * scale, width * scale), (height, width))
+        windows, multiple = Windows(*(self.config[name] for name in COUNTS[-3:])), self.unet.size_multiple
+        at_once = min(math.prod(len(windows.starts(length)) for length in size), windows.batch)
+        height, width = (-(-min(length, windows.size) // multiple) * multiple for length in size)
+        return Load(at_once, at_once, (height, width), (height, width))
 
     @property
     def num_timesteps(self) -> int:

@@ -13,6 +13,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from ..footprint import Load, run_once
+
 
 class KandiSuperResUNet(ModelMixin, ConfigMixin):
     """Predicts the clean picture from a noisy one and the picture of low resolution; without attention and text.
@@ -208,3 +210,9 @@ class SuperResBlock(nn.Module):
 
 def _sampler(kind: type[nn.Module] | None, channels: int) -> nn.Module | None:
     return None if kind is None else kind(channels, channels, kernel_size=4, stride=2, padding=1)
+
+
+@run_once.register
+def _(model: KandiSuperResUNet, load: Load, encodes: bool) -> None:
+    pixels = torch.empty(load.rows, 3, *load.pixels, dtype=model.dtype)
+    model(pixels, 1, pixels)
