@@ -192,7 +192,7 @@ def test_what_is_no_interval_is_refused_before_anything_runs(runs: Any, interval
         draw.pipe.check_call(**draw.arguments, guidance_interval=interval)
 
 
-def test_a_combined_pipeline_hands_it_to_its_decoder(converted_22: Path) -> None:
+def test_a_combined_pipeline_hands_both_to_its_decoder(converted_22: Path) -> None:
     pipe = kandinsky_diffusers.KandinskyV22CombinedPipeline.from_pretrained(converted_22 / "kandinsky-2-2-decoder")
     pipe.set_progress_bar_config(disable=True)
     rows: list[int] = []
@@ -200,6 +200,8 @@ def test_a_combined_pipeline_hands_it_to_its_decoder(converted_22: Path) -> None
     quick = {"num_inference_steps": 3, "prior_num_inference_steps": 2, "height": SIDE, "width": SIDE}
     pipe("a cat", **quick, guidance_interval=(0.0, 0.34), output_type="latent")
     assert rows == [2, 1, 1]
+    pipe.enable_step_cache()
+    assert pipe.decoder_pipe.unet.is_cache_enabled
 
 
 def test_which_steps_are_guided() -> None:
