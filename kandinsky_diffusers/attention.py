@@ -14,9 +14,8 @@ from diffusers import attention_backend
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.utils import is_xformers_available
-from torch.utils import _pytree as pytree
 
-from .context_cache import ContextCache, KeyValue, tokens_for
+from .context_cache import ContextCache, KeyValue, KeyValueCache, tokens_for
 
 
 # those that add a mask of floats to the scores; flash, sage and XLA take none, Ascend's reads it as booleans
@@ -32,38 +31,6 @@ MASKING_BACKENDS = (
 
 # what `Attention.fuse_projections` of diffusers makes, and of which layers
 FUSED_LAYERS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
-
-
-class KeyValueCache:
-    """Keys and values of the first tokens of a sequence, for one attention layer.
-
-    The first call of the layer fills it; every later call attends to what it holds and then to its own tokens.
-    It is neither list nor dict on purpose: offload hooks copy those, and a copy that gets filled is lost.
-    """
-
-    def __init__(self) -> None:
-        self._key: torch.Tensor | None = None
-        self._value: torch.Tensor | None = None
-
-    def join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values to attend to, given those of this call's tokens, both `[batch, tokens, heads, width]`."""
-        if self._key is None or self._value is None:
-            self._key, self._value = key, value
-            return key, value
-        return torch.cat([self._key, key], dim=1), torch.cat([self._value, value], dim=1)
-
-
-def _flatten_keys(cache: KeyValueCache) -> tuple[list[Any], None]:
-    return [cache._key, cache._value], None
-
-
-def _unflatten_keys(parts: Any, _: None) -> KeyValueCache:
-    cache = KeyValueCache()
-    cache._key, cache._value = parts
-    return cache
-
-
-pytree.register_pytree_node(KeyValueCache, _flatten_keys, _unflatten_keys)
 
 
 class DispatchedAttnProcessor(AttnProcessor2_0):

@@ -71,6 +71,25 @@ class ContextCache:
         return self.keep(layer, lambda: layer.processor.project(layer, self._tokens))
 
 
+class KeyValueCache:
+    """Keys and values of the first tokens of a sequence, for one attention layer.
+
+    The first call of the layer fills it; every later call attends to what it holds and then to its own tokens.
+    It is neither list nor dict on purpose: offload hooks copy those, and a copy that gets filled is lost.
+    """
+
+    def __init__(self) -> None:
+        self._key: torch.Tensor | None = None
+        self._value: torch.Tensor | None = None
+
+    def join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values to attend to, given those of this call's tokens, both `[batch, tokens, heads, width]`."""
+        if self._key is None or self._value is None:
+            self._key, self._value = key, value
+            return key, value
+        return torch.cat([self._key, key], dim=1), torch.cat([self._value, value], dim=1)
+
+
 def tokens_for(layer: Any, context: Any) -> Any:
     """What a layer attends to: `context`, or what a cache that stands for it has for this layer."""
     return context.of_layer(layer) if isinstance(context, ContextCache) else context
@@ -84,6 +103,16 @@ def _unflatten_key_value(parts: Any, _: None) -> KeyValue:
     return KeyValue(*parts)
 
 
+def _flatten_keys(cache: KeyValueCache) -> tuple[list[Any], None]:
+    return [cache._key, cache._value], None
+
+
+def _unflatten_keys(parts: Any, _: None) -> KeyValueCache:
+    cache = KeyValueCache()
+    cache._key, cache._value = parts
+    return cache
+
+
 def _flatten_cache(cache: ContextCache) -> tuple[list[Any], tuple[bool, tuple[Hashable, ...]]]:
     return list(cache._kept.values()), (cache.filled, tuple(cache._kept))
 
@@ -95,5 +124,6 @@ def _unflatten_cache(parts: Any, names: tuple[bool, tuple[Hashable, ...]]) -> Co
     return cache
 
 
+pytree.register_pytree_node(KeyValueCache, _flatten_keys, _unflatten_keys)
 pytree.register_pytree_node(KeyValue, _flatten_key_value, _unflatten_key_value)
 pytree.register_pytree_node(ContextCache, _flatten_cache, _unflatten_cache)

@@ -24,7 +24,7 @@ HOOK = "kandinsky_cuda_graph"
 RECORDINGS = 8  # kept for each model, the last used; each holds its inputs and outputs
 _OWN_HOOKS = {HOOK, compilation.HOOK}
 
-_PREPARATIONS = ("prefill", "project", "post_process")  # calls of our models that predict nothing
+_PREPARATIONS = ("project", "post_process")  # calls of our models that come once in a call, and are short
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _PROCESSORS = (AttnProcessor2_0, AttnAddedKVProcessor2_0, IPAdapterAttnProcessor)  # ours extend those of diffusers
 # what of a module or of its attention processor is a number in the recorded kernels, or decides which ones there are

@@ -205,6 +205,11 @@ def _why_not_fused(model: Any, settings: Mapping[str, Any]) -> str | None:
     return _why_not_moved(model)
 
 
+def _is_worth_compiling(model: Any) -> bool:
+    # a step of the prior does little but read its weights: compiled it took as long on an H100
+    return has_blocks(model) and not isinstance(model, PriorTransformer)
+
+
 def _enable_compile(model: Any, settings: Mapping[str, Any]) -> Undo:
     options = settings["compile"] if isinstance(settings["compile"], Mapping) else {}
     blocks = compile_blocks(model, _called(model), options)
@@ -273,7 +278,7 @@ PARTS = (
         why_not=_why_not_fused,
         enable=_enable_fusing,
     ),
-    Part("compile", applies=has_blocks, why_not=_why_not_compiled, enable=_enable_compile),
+    Part("compile", applies=_is_worth_compiling, why_not=_why_not_compiled, enable=_enable_compile),
     Part("cuda_graph", applies=has_blocks, why_not=_why_no_graph, enable=_enable_graph),
 )
 

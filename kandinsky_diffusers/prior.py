@@ -14,8 +14,9 @@ from diffusers.models.transformers.prior_transformer import PriorTransformerOutp
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .attention import DispatchedAttnProcessor, KeyValueCache, use_dispatched_attention
+from .attention import DispatchedAttnProcessor, use_dispatched_attention
 from .components import SavedAsStock
+from .context_cache import KeyValueCache
 
 
 MASKED_SCORE = -10000.0  # added to the score of a token that is not attended to, as in the original

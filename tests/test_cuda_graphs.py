@@ -192,7 +192,7 @@ def test_another_call_with_a_cache_of_its_own_replays(model: Model, recorder: St
 
 
 @pytest.mark.parametrize(
-    "why", ["gradients", "training", "autocast", "unfilled", "prefill", "object", "device", "weights", "hooks"]
+    "why", ["gradients", "training", "autocast", "unfilled", "project", "object", "device", "weights", "hooks"]
 )
 def test_what_cannot_be_recorded_runs_as_before(model: Model, recorder: StandIn, why: str) -> None:
     added: dict[str, Any] = {"unfilled": {"cache": Cache(None)}, "object": {"rows": _Number()}}.get(why, {})
@@ -205,7 +205,7 @@ def test_what_cannot_be_recorded_runs_as_before(model: Model, recorder: StandIn,
     model.train(why == "training")
     with torch.set_grad_enabled(why == "gradients"), torch.autocast("cpu", enabled=why == "autocast"):
         for _ in range(3):
-            model(torch.randn(2, 4), added, **({"prefill": True} if why == "prefill" else {}))
+            model(torch.randn(2, 4), added, **({"project": True} if why == "project" else {}))
     assert (model.forwards, recorder.recorded) == (3, 0)
 
 
