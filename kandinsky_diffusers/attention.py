@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from diffusers.utils import is_xformers_available
 
 from .context_cache import ContextCache, KeyValue, KeyValueCache, tokens_for
+from .fused_projections import FUSED_LAYERS, fused_layer
 
 
 # those that add a mask of floats to the scores; flash, sage and XLA take none, Ascend's reads it as booleans
@@ -27,10 +28,6 @@ MASKING_BACKENDS = (
     AttentionBackendName._NATIVE_EFFICIENT,
     AttentionBackendName._NATIVE_MATH,
 )
-
-
-# what `Attention.fuse_projections` of diffusers makes, and of which layers
-FUSED_LAYERS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 
 class DispatchedAttnProcessor(AttnProcessor2_0):
@@ -369,29 +366,12 @@ def _query_key_value(attn: Attention, tokens: torch.Tensor) -> list[torch.Tensor
 
 def _projected(attn: Attention, name: str, tokens: torch.Tensor) -> list[torch.Tensor]:
     """What the layers `FUSED_LAYERS[name]` make of tokens, in one product where they are fused."""
-    layers, fused = FUSED_LAYERS[name], _fused_layer(attn, name)
+    layers, fused = FUSED_LAYERS[name], fused_layer(attn, name)
     if fused is None:
         rows = [getattr(attn, layer)(tokens) for layer in layers]
     else:
         rows = fused(tokens).chunk(len(layers), dim=-1)
     return [_split_heads(attn, part) for part in rows]
-
-
-def _fused_layer(attn: Attention, name: str) -> torch.nn.Linear | None:
-    """One of [`FUSED_LAYERS`], as long as it computes what the layers do that it was made of.
-
-    It does not where one of these has been given LoRA, or other weights by offloading or moving, or is trained.
-    """
-    fused = getattr(attn, name, None)
-    if fused is None or torch.is_grad_enabled():
-        return None
-    layers = [getattr(attn, part) for part in FUSED_LAYERS[name]]
-    if any(type(layer) is not torch.nn.Linear for layer in layers):
-        return None
-    if torch.compiler.is_compiling():  # addresses cannot be seen then
-        return fused
-    address = fused.weight.untyped_storage().data_ptr()
-    return fused if all(layer.weight.untyped_storage().data_ptr() == address for layer in layers) else None
 
 
 def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,6 @@ from diffusers.utils import logging
 from torch.utils._triton import has_triton
 
 from .attention import (
-    FUSED_LAYERS,
     MASKING_BACKENDS,
     DispatchedAttnAddedKVProcessor,
     DispatchedAttnProcessor,
@@ -25,6 +24,7 @@ from .attention import (
 )
 from .compilation import compile_blocks, has_blocks, uncompile_blocks
 from .cuda_graphs import CudaRecorder, Recorder, foreign_hooks, graph, ungraph
+from .fused_projections import FUSED_LAYERS
 from .inputs import check_choice
 from .step_cache import skipped_layers
 
