@@ -204,7 +204,7 @@ def test_what_is_left_out_is_said_once(pipe: Any, caplog: pytest.LogCaptureFixtu
     pipe.to("cpu")
     said = [record.message for record in caplog.records]
     assert sorted(said) == [
-        "`compile` is left out for `unet`, `movq`, `prior_prior`: on the CPU only a dict of options, such as"
+        "`compile` is left out for `unet`, `movq`: on the CPU only a dict of options, such as"
         " `compile={'backend': 'inductor'}`, compiles.",
         "`cuda_graph` is left out for `unet`, `movq`, `prior_prior`: CUDA graphs need weights on a CUDA device, and"
         " these are on 'cpu'.",
