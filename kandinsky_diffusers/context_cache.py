@@ -85,8 +85,9 @@ class KeyValueCache:
     def join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values to attend to, given those of this call's tokens, both `[batch, tokens, heads, width]`."""
         if self._key is None or self._value is None:
-            self._key, self._value = key, value
-            return key, value
+            # parts of a fused projection would keep the whole of it alive
+            self._key, self._value = key.contiguous(), value.contiguous()
+            return self._key, self._value
         return torch.cat([self._key, key], dim=1), torch.cat([self._value, value], dim=1)
 
 
