@@ -159,7 +159,7 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         mask = self._causal_mask(attention_mask, tokens.dtype)
         caches = tuple(KeyValueCache() for _ in self.transformer_blocks)
         self._transform(tokens + self._positions(tokens)[:, :length], mask[..., :length, :length], caches)
-        return PriorPrefix(caches, mask[..., length:, :])
+        return PriorPrefix(caches, mask[..., length:, :].contiguous())
 
     def _predict(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, prefix: PriorPrefix
