@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -17,7 +18,7 @@ from .lora_files import ALPHA, find_lora, lora_from, prefix_of, read_lora
 from .lora_fit import config_for, parts_for
 
 
-LAYERS_CHANGED = "_times_lora_layers_changed"  # of a model: how often
+times_layers_changed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of models, by loading, fusing and the like
 _SCALING_BEFORE_FUSING = "scaling_before_fusing"
 
 
@@ -363,7 +364,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
         finally:
             for model in models.values():
                 model.delete_adapters(())  # which makes diffusers renew the hooks of group offload
-                setattr(model, LAYERS_CHANGED, getattr(model, LAYERS_CHANGED, 0) + 1)
+                times_layers_changed[model] = times_layers_changed.get(model, 0) + 1
             if sequential:
                 self.enable_sequential_cpu_offload(device=device)
 

@@ -10,7 +10,7 @@ import torch
 
 from .attention import processor_states
 from .context_cache import ContextCache
-from .lora import LAYERS_CHANGED
+from .lora import times_layers_changed
 
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class RunningCall:
         """
         if self._watched and getattr(model, "peft_config", None):
             return None
-        inputs = [*inputs, getattr(model, LAYERS_CHANGED, 0)]
+        inputs = [*inputs, times_layers_changed.get(getattr(model, "_orig_mod", model), 0)]
         state = [_state_of(item) for item in inputs]
         made = self._made.get(id(model))
         if made is None or made[1] != state:
