@@ -77,8 +77,8 @@ class GraphedForward(ModelHook):
     """Records the forward of a model for each kind of input, the second time it comes, and replays it from then on.
 
     The kind is structure, shapes, strides and dtypes of the arguments, and all that is no tensor. Without a recording
-    run calls that prepare others (they fill a cache, or project texts), that need gradients, autocast or other devices,
-    and those of a model that trains or has hooks or attention processors of others.
+    run calls that prepare others (they fill a cache, or project texts), that need gradients, autocast or another
+    device, and those of a model that trains, or has hooks or attention processors of others.
 
     Recordings are dropped when weights have moved, or settings have changed, such as the scale of a LoRA. Whether they
     have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward.

@@ -372,7 +372,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
 
 def times_changed(model: Any) -> int:
     """How often the pipelines have given a model adapters, taken them off, or fused them."""
-    return _changes.get(model, 0)
+    return _changes.get(getattr(model, "_orig_mod", model), 0)  # of a compiled one, the model
 
 
 def _require_peft() -> None:
