@@ -45,12 +45,13 @@ class LatentSizedNorm(SpatialNorm):
         """
         if not isinstance(zq, AtLatentSize):
             return super().forward(f, zq)
-        # laid out as `f` is, since the result is laid out as shift and scale are
-        side_by_side = f.is_contiguous(memory_format=torch.channels_last)
+        normed = self.norm_layer(f)
+        # laid out as that is, which need not be as `f` is, for the result is laid out as shift and scale are
+        side_by_side = normed.is_contiguous(memory_format=torch.channels_last) and not normed.is_contiguous()
         latents = zq.latents.contiguous(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
         scale, shift = (conv(latents)[:, :, :, None, :, None] for conv in (self.conv_y, self.conv_b))
         height, width = latents.shape[-2:]
-        blocks = self.norm_layer(f).unflatten(-1, (width, -1)).unflatten(-3, (height, -1))
+        blocks = normed.unflatten(-1, (width, -1)).unflatten(-3, (height, -1))
         return torch.addcmul(shift, blocks, scale).flatten(-2).flatten(-3, -2)
 
 
