@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from kandinsky_diffusers import registry
 from kandinsky_diffusers.cli import app
+from kandinsky_diffusers.fitting import FittingMixin
 
 
 COMMAND = "kandinsky-diffusers"
@@ -89,7 +90,8 @@ def run_python(code: str) -> dict[str, Any]:
 
 
 def made_small(text: str) -> str:
-    """The same with sizes that are small."""
+    """The same with sizes that are small, and without an accelerator."""
+    text = text.replace('"cuda"', '"cpu"')
     return re.sub(r"(?<!\d)\d+(?!\d)", lambda size: SMALL.get(size[0], size[0]), text)
 
 
@@ -106,7 +108,8 @@ def run_shell(line: str, extra: Mapping[str, tuple[str, ...]]) -> Any:
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Let pipelines take few steps, and stay where they are, for there is no accelerator."""
-    patch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda pipe: None)
+    patch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda *_, **__: None)
+    patch.setattr(FittingMixin, "fit", functools.partialmethod(FittingMixin.fit, device="cpu"))
     combined_or_alone = {cls for family in registry.FAMILIES.values() for pair in family.values() for cls in pair}
     for cls in (*combined_or_alone, *registry.OTHER_PIPELINES):
         if cls is not None and "__call__" in vars(cls):
