@@ -19,7 +19,7 @@ from .targets import Sources, known_files, known_target, targets
 
 
 FEW = {"conversion": 12, "configuration": 15, "original configuration": 6, "shapes": 6, "tokenizer": 15, "output": 8}
-FEW_OF_OTHERS = 25
+FEW_OF_OTHERS = 15
 # of a long run, in shares; others, which take a hundred times as long, have one
 SHARES = {
     "zip": 30,
