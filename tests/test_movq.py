@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_diffusers.components import adopt
 from kandinsky_diffusers.measuring import peak_bytes
-from kandinsky_diffusers.movq import AtLatentSize, MoVQ
+from kandinsky_diffusers.movq import AtLatentSize, LatentSizedNorm, MoVQ
 from tests.support.parity import MODULE, assert_close
 
 
@@ -137,6 +137,22 @@ def test_a_stock_decoder_that_is_swapped_in_runs(movq: MoVQ, stock: VQModel) -> 
     movq.decoder = deepcopy(stock.decoder)
     code = latents(6, 8)
     assert torch.equal(movq.decode(code).sample, stock.decode(code).sample)
+
+
+@torch.no_grad()
+def test_norms_copy_nothing_where_a_group_norm_changes_the_layout() -> None:
+    """As on CUDA, where it takes and gives channels one after the other, whatever the layout was."""
+
+    class OnCuda(torch.nn.GroupNorm):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden.contiguous())
+
+    norm = LatentSizedNorm(32, 4)
+    norm.norm_layer = OnCuda(32, 32)
+    hidden = torch.randn(1, 32, 64, 64).contiguous(memory_format=torch.channels_last)
+    given = AtLatentSize(torch.randn(1, 4, 8, 8))
+    assert norm(hidden, given).is_contiguous()
+    assert peak_bytes(lambda: norm(hidden, given)) < 2.1 * hidden.nbytes
 
 
 def test_norms_of_another_kind_stay() -> None:
