@@ -71,7 +71,7 @@ def test_each_picture_of_a_batch_is_the_picture_made_alone(
         prompts, negative_prompt=negative, num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), **arguments
     ).images
     assert len(together) == 4
-    for index in range(4):
+    for index in (1, 2):  # the second of the first prompt, and the first of the second
         alone = pipe(
             prompts[index // 2],
             negative_prompt=negative[index // 2] if isinstance(negative, list) else negative,
