@@ -281,7 +281,7 @@ def set_text_processor(layer: Any, processor: Any) -> None:
 
 def keeps_context(model: torch.nn.Module) -> bool:
     """Whether every attention layer of `model` can be given keys and values, see [`ContextCache`]."""
-    return all(hasattr(layer.processor, "project") for layer in _attention_layers(model))
+    return all(hasattr(layer.processor, "project") for layer in attention_layers(model))
 
 
 def keeps_layout(model: torch.nn.Module) -> bool:
@@ -290,12 +290,12 @@ def keeps_layout(model: torch.nn.Module) -> bool:
     On the CPU, a convolution whose weights lie otherwise in memory than its input copies them first: more than a
     fifth of a step of the 2.2 UNet at 256 x 256.
     """
-    return all(isinstance(layer.processor, DispatchedAttnAddedKVProcessor) for layer in _attention_layers(model))
+    return all(isinstance(layer.processor, DispatchedAttnAddedKVProcessor) for layer in attention_layers(model))
 
 
 def processor_states(model: torch.nn.Module) -> list[Any]:
     """On which processors, and on which scales of IP-Adapters, keys and values of `model` depend."""
-    processors: list[Any] = [layer.processor for layer in _attention_layers(model)]
+    processors: list[Any] = [layer.processor for layer in attention_layers(model)]
     return [*processors, *(list(own.scale) for own in processors if isinstance(own, IPAdapterAttnProcessor))]
 
 
@@ -311,7 +311,7 @@ def use_dispatched_attention(model: torch.nn.Module) -> None:
     Outputs do not change. Layers with any other processor (LoRA, sliced, a user's own) keep it. Calling it again does
     nothing.
     """
-    for layer in _attention_layers(model):
+    for layer in attention_layers(model):
         replacement = _DISPATCHED.get(type(layer.processor))
         if replacement is not None:
             layer.set_processor(replacement())
@@ -332,7 +332,7 @@ def enable_xformers(model: torch.nn.Module) -> None:
     if not torch.cuda.is_available():
         raise ValueError("xformers needs a CUDA device, and there is none.")
     use_dispatched_attention(model)
-    layers = _attention_layers(model)
+    layers = attention_layers(model)
     for layer in layers:
         if not hasattr(layer.processor, "_attention_backend"):
             raise ValueError(
@@ -340,12 +340,18 @@ def enable_xformers(model: torch.nn.Module) -> None:
                 "xformers; accepted are diffusers' default processors."
             )
     if layers:
-        # `set_attention_backend` also makes its choice everybody's default; leaving this context takes that back
-        with attention_backend(AttentionBackendName.NATIVE):
-            model.set_attention_backend(AttentionBackendName.XFORMERS.value)
+        choose_backend(model, AttentionBackendName.XFORMERS.value)
 
 
-def _attention_layers(model: torch.nn.Module) -> list[Attention]:
+def choose_backend(model: Any, backend: str) -> None:
+    """`model.set_attention_backend(backend)`, for this model alone."""
+    # it also makes its choice everybody's default; leaving this context takes that back
+    with attention_backend(AttentionBackendName.NATIVE):
+        model.set_attention_backend(backend)
+
+
+def attention_layers(model: torch.nn.Module) -> list[Attention]:
+    """All layers of diffusers' attention in `model`."""
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 

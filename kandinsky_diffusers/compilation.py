@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.utils.torch_utils import is_compiled_module
 from torch.fx.experimental import _config as shape_config
 
 from .components import remove_leftovers
@@ -45,6 +46,16 @@ class CompiledBlocks(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether `module.compile()` has been called, and not taken back."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_compiled_whole(model: Any) -> bool:
+    """Whether a model is compiled in either way, by `torch.compile(model)` or `model.compile()`."""
+    return is_compiled_module(model) or is_compiled(model)
+
+
 def has_blocks(model: Any) -> bool:
     """Whether a model says which of its blocks are repeated (`_repeated_blocks`), and has them."""
     return any(type(module).__name__ in model._repeated_blocks for module in model.modules())
@@ -64,7 +75,7 @@ def compile_blocks(model: Any, called: Iterable[torch.nn.Module], options: Mappi
     model.compile_repeated_blocks(**options)
     for module in called:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(CompiledBlocks(), HOOK)
-    return [module for module in model.modules() if module._compiled_call_impl is not None]
+    return [module for module in model.modules() if is_compiled(module)]
 
 
 def uncompile_blocks(blocks: Iterable[torch.nn.Module], called: Iterable[torch.nn.Module]) -> None:

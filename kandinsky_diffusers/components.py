@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, VQModel
 from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import unwrap_module
 
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ def stock_identity(component: Any) -> tuple[str, str] | None:
     It is for the classes that [`adopt`] puts in, and for transformers' `CLIPImageProcessorPil`, a name that older
     releases do not know, and that loads as `CLIPImageProcessor`. A user's subclass keeps its own name.
     """
-    cls = type(getattr(component, "_orig_mod", component))  # of a compiled model, the model
+    cls = type(unwrap_module(component))
     if cls.__name__ == "CLIPImageProcessorPil" and cls.__module__.startswith("transformers."):
         return "transformers", "CLIPImageProcessor"
     for stock, better in _better_classes().items():
@@ -126,6 +127,18 @@ def what_fixes_forward(component: Any, cls: type) -> str | None:
     if "forward" in fixed and getattr(forward, "__func__", None) in (type(component).forward, cls.forward):
         fixed.remove("forward")
     return fixed[0] if fixed else None
+
+
+def parts_of(model: torch.nn.Module, cls: type[torch.nn.Module]) -> list[tuple[torch.nn.Module, str, Any]]:
+    """All parts of `model` that are of exactly the class `cls`: in which module, under which name, and the part."""
+    places = [(parent, name, part) for parent in model.modules() for name, part in parent.named_children()]
+    return [(parent, name, part) for parent, name, part in places if type(part) is cls]
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a library, such as bitsandbytes, has quantised the weights when the model was loaded."""
+    told_by = ("quantization_method", "hf_quantizer", "is_quantized")
+    return any(getattr(model, name, None) for name in told_by)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandin
 from torch import nn
 from transformers import PreTrainedModel
 
+from .components import is_quantised
 from .eight_bits import DtypeOf
 from .measuring import peak_bytes
 
@@ -95,11 +96,6 @@ def running_bytes(model: nn.Module, dtype_of: DtypeOf, load: Load, encodes: bool
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin = twin_without_numbers(model, dtype_of)
         return peak_bytes(lambda: run(twin, load, encodes))
-
-
-def is_quantised(model: Any) -> bool:
-    """Whether a library, such as bitsandbytes, has quantised the weights when it was loaded."""
-    return getattr(model, "quantization_method", None) is not None or getattr(model, "hf_quantizer", None) is not None
 
 
 def twin_without_numbers(model: Model, dtype_of: DtypeOf) -> Model:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils.torch_utils import unwrap_module
 
 from .inputs import check_choice
 from .lora_files import ALPHA, find_lora, lora_from, prefix_of, read_lora
@@ -286,7 +287,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
     def _lora_models(self) -> dict[str, Any]:
         """The models that take LoRA, also those behind `torch.compile(model)`, by component."""
         components = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
-        return {name: getattr(model, "_orig_mod", model) for name, model in components.items() if model is not None}
+        return {name: unwrap_module(model) for name, model in components.items() if model is not None}
 
     def _layers_of(self, components: Sequence[str] | None) -> list[Any]:
         for component in components or ():
@@ -372,7 +373,7 @@ class KandinskyLoraMixin(LoraBaseMixin):
 
 def times_changed(model: Any) -> int:
     """How often the pipelines have given a model adapters, taken them off, or fused them."""
-    return _changes.get(getattr(model, "_orig_mod", model), 0)  # of a compiled one, the model
+    return _changes.get(unwrap_module(model), 0)
 
 
 def _require_peft() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from .components import is_quantised
 from .eight_bits import DtypeOf, bytes_saved, is_in_eight_bits, largest_expanded
-from .footprint import is_quantised, running_bytes, streamed_bytes, weight_bytes
+from .footprint import running_bytes, streamed_bytes, weight_bytes
 
 
 TILES = (1024, 512)  # sides in pixels
@@ -230,7 +232,7 @@ class Estimates:
 def models_of(pipe: Any) -> dict[str, Any]:
     """The models of a pipeline by their names; of a compiled one, the model."""
     components = pipe.components.items()
-    return {name: getattr(m, "_orig_mod", m) for name, m in components if isinstance(m, nn.Module)}
+    return {name: unwrap_module(m) for name, m in components if isinstance(m, nn.Module)}
 
 
 def sizes_of(models: Mapping[str, Any]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .components import SavedAsStock, view_as
+from .components import SavedAsStock, parts_of, view_as
 from .tiling import apply_in_tiles
 
 
@@ -82,10 +82,8 @@ class MoVQ(SavedAsStock, VQModel):
         self._on_shared_state()
 
     def _on_shared_state(self) -> None:
-        for parent in list(self.decoder.modules()):
-            for name, child in parent.named_children():
-                if type(child) is SpatialNorm:
-                    setattr(parent, name, view_as(child, LatentSizedNorm))
+        for parent, name, norm in parts_of(self.decoder, SpatialNorm):
+            setattr(parent, name, view_as(norm, LatentSizedNorm))
 
     def enable_tiling(self, tile_sample_min_size: int = 1024, overlap: float = 0.25) -> None:
         """Work on one tile at a time where height or width exceeds a tile, so that memory does not grow with the size.

@@ -10,19 +10,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, PriorTransformer, VQModel, attention_backend
+from diffusers import AutoencoderKL, ModelMixin, PriorTransformer, VQModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 from torch.utils._triton import has_triton
 
 from .attention import (
     MASKING_BACKENDS,
     DispatchedAttnAddedKVProcessor,
     DispatchedAttnProcessor,
+    attention_layers,
+    choose_backend,
     text_processor,
 )
-from .compilation import compile_blocks, has_blocks, uncompile_blocks
+from .compilation import compile_blocks, has_blocks, is_compiled, is_compiled_whole, uncompile_blocks
+from .components import is_quantised
 from .cuda_graphs import CudaRecorder, Recorder, foreign_hooks, graph, ungraph
 from .fused_projections import FUSED_LAYERS
 from .inputs import check_choice
@@ -81,7 +85,7 @@ class Optimization:
         """
         left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name, component in models.items():
-            model = _unwrapped(component)
+            model = unwrap_module(component)
             for part in PARTS:
                 applied = vars(model).get(_APPLIED, {})
                 if not self.chosen[part.name] or part.name in applied or not part.applies(model):
@@ -105,7 +109,7 @@ def take_back(models: Iterable[Any], keep_what_stays: bool = False) -> None:
         models: components of a pipeline.
         keep_what_stays: leave what can stay on, see [`Part`].
     """
-    for model in map(_unwrapped, models):
+    for model in map(unwrap_module, models):
         applied = vars(model).get(_APPLIED, {})
         for part in reversed(PARTS):
             if part.name in applied and not (keep_what_stays and part.stays):
@@ -116,19 +120,17 @@ def take_back(models: Iterable[Any], keep_what_stays: bool = False) -> None:
 
 def optimizable(components: Mapping[str, Any]) -> dict[str, Any]:
     """Of the components of a pipeline the models that [`Optimization`] is for."""
-    return {name: model for name, model in components.items() if isinstance(_unwrapped(model), ModelMixin)}
+    return {name: model for name, model in components.items() if isinstance(unwrap_module(model), ModelMixin)}
 
 
 # ------------------------------------------------------------------------------------------------ the parts
 
 
 def _enable_attention_backend(model: Any, settings: Mapping[str, Any]) -> Undo:
-    processors = [layer.processor for layer in _attention_layers(model)]
+    processors = [layer.processor for layer in attention_layers(model)]
     chosen = [processor for processor in processors if hasattr(processor, "_attention_backend")]
     before = [(processor, processor._attention_backend) for processor in chosen]
-    # `set_attention_backend` also makes its choice everybody's default; leaving this context takes that back
-    with attention_backend(AttentionBackendName.NATIVE):
-        model.set_attention_backend(settings["attention_backend"])
+    choose_backend(model, settings["attention_backend"])
     return partial(_set_backends, before)
 
 
@@ -198,9 +200,9 @@ def _fused_name(layer: Attention) -> str:
 
 
 def _why_not_fused(model: Any, settings: Mapping[str, Any]) -> str | None:
-    if getattr(_unwrapped(model), "peft_config", None):
+    if getattr(unwrap_module(model), "peft_config", None):
         return "LoRA is loaded, which acts on single projections"
-    if _is_quantized(model):
+    if is_quantised(model):
         return "weights are quantized"
     return _why_not_moved(model)
 
@@ -248,9 +250,9 @@ def _why_no_graph(model: Any, settings: Mapping[str, Any]) -> str | None:
         return f"CUDA graphs need weights on a CUDA device, and these are on {model.device.type!r}"
     if isinstance(options, Mapping) and options.get("mode") in _OWN_GRAPHS:
         return f"`compile` has the mode {options['mode']!r}, which records CUDA graphs itself"
-    if _is_compiled_whole(model):
+    if is_compiled_whole(model):
         return "compiled as a whole"
-    if _is_quantized(model):
+    if is_quantised(model):
         return "weights are quantized"
     if skipped_layers(model):
         return "the step cache decides at each step what is computed"
@@ -260,7 +262,7 @@ def _why_no_graph(model: Any, settings: Mapping[str, Any]) -> str | None:
 PARTS = (
     Part(
         "attention_backend",
-        applies=lambda model: bool(_attention_layers(model)),
+        applies=lambda model: bool(attention_layers(model)),
         why_not=_why_no_attention_backend,
         enable=_enable_attention_backend,
         stays=True,
@@ -286,22 +288,13 @@ PARTS = (
 # ------------------------------------------------------------------------------------------------ models
 
 
-def _unwrapped(model: Any) -> Any:
-    """Behind `torch.compile(model)`, the model."""
-    return getattr(model, "_orig_mod", model)
-
-
 def _called(model: Any) -> list[torch.nn.Module]:
     """The modules of a model whose forward a pipeline comes to call."""
     return [model.encoder, model.decoder] if isinstance(model, (VQModel, AutoencoderKL)) else [model]
 
 
-def _attention_layers(model: torch.nn.Module) -> list[Attention]:
-    return [module for module in model.modules() if isinstance(module, Attention)]
-
-
 def _fusable_layers(model: torch.nn.Module) -> list[Attention]:
-    return [layer for layer in _attention_layers(model) if _is_fusable(layer)]
+    return [layer for layer in attention_layers(model) if _is_fusable(layer)]
 
 
 def _is_fusable(layer: Attention) -> bool:
@@ -314,23 +307,15 @@ def _convolution_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [weight for weight in model.parameters() if weight.ndim == 4]
 
 
-def _is_quantized(model: Any) -> bool:
-    return bool(getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None))
-
-
-def _is_compiled_whole(model: Any) -> bool:
-    return _unwrapped(model) is not model or model._compiled_call_impl is not None
-
-
 def _is_compiled(model: Any) -> bool:
-    return _is_compiled_whole(model) or any(module._compiled_call_impl is not None for module in model.modules())
+    return is_compiled_whole(model) or any(map(is_compiled, model.modules()))
 
 
 def _why_not_moved(model: torch.nn.Module) -> str | None:
     """Why weights cannot be expected to stay where they are."""
-    if _layers_are_offloaded(model) or hasattr(_unwrapped(model), "_hf_hook"):
+    if _layers_are_offloaded(model) or hasattr(unwrap_module(model), "_hf_hook"):
         return "weights are offloaded, and not always in the same place"
-    if foreign_hooks(_unwrapped(model)):
+    if foreign_hooks(unwrap_module(model)):
         return "there are hooks of others"
     return None
 

@@ -16,6 +16,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME, SchedulerMixin
+from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
@@ -67,7 +68,7 @@ class KandinskyPipelineMixin(FittingMixin):
     @property
     def _decoding(self) -> dict[str, Any]:
         """What the MoVQ's `decode` is told besides; one that is not ours has nothing to switch off."""
-        movq = getattr(self._autoencoder, "_orig_mod", self._autoencoder)  # of a compiled one, the model
+        movq = unwrap_module(self._autoencoder)
         return {"exact_reference": self._exact_reference} if isinstance(movq, MoVQ) else {}
 
     @classmethod

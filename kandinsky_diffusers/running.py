@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from .attention import processor_states
+from .compilation import is_compiled
 from .context_cache import ContextCache
 from .lora import times_changed
 
@@ -65,7 +66,7 @@ class RunningCall:
 
         A model that is compiled as a whole gets none, for its code would be made twice.
         """
-        if not hasattr(type(model), "supports_context_cache") or getattr(model, "_compiled_call_impl", None):
+        if not hasattr(type(model), "supports_context_cache") or is_compiled(model):
             return None
         if self._watched:
             inputs = [*inputs, *processor_states(model)]

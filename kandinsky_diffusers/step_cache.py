@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from diffusers import CacheMixin, TaylorSeerCacheConfig, UNet2DConditionModel
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheHook
+from diffusers.utils.torch_utils import unwrap_module
 
+from .compilation import is_compiled, is_compiled_whole
 from .inputs import check_at_least, check_choice, check_counts
 
 
@@ -60,7 +62,7 @@ class StepCacheMixin:
         check_at_least("interval", interval, LEAST_INTERVAL)
         check_choice("order", order, ORDERS)
         unet = self.unet
-        if not isinstance(getattr(unet, "_orig_mod", unet), CacheMixin):
+        if not isinstance(unwrap_module(unet), CacheMixin):
             raise TypeError(f"`unet` is a {type(unet).__name__}; accepted is one that is a diffusers `CacheMixin`.")
         with self._weights_change():
             unet.enable_cache(step_cache_config(unet, interval, order))
@@ -135,12 +137,12 @@ def step_cache_config(unet: Any, interval: int, order: int = 0) -> TaylorSeerCac
 
 def check_not_compiled(unet: Any) -> None:
     """Raises ValueError where a UNet with a step cache, or a layer of it that is skipped, is compiled."""
-    if hasattr(unet, "_orig_mod") or _is_compiled(unet):
+    if is_compiled_whole(unet):
         raise ValueError(
             "the UNet is compiled as a whole, and its step cache decides at each step what to compute; accepted is"
             " one of both."
         )
-    compiled = [name for name, layer in skipped_layers(unet).items() if _is_compiled(layer)]
+    compiled = [name for name, layer in skipped_layers(unet).items() if is_compiled(layer)]
     if compiled:
         raise ValueError(
             f"{len(compiled)} layers that the step cache skips are compiled, such as `{compiled[0]}`; accepted is one"
@@ -151,10 +153,6 @@ def check_not_compiled(unet: Any) -> None:
 def skipped_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The layers of a model that its step cache skips, by their paths; none without one."""
     return {name: layer for name, layer in model.named_modules() if _has_step_cache(layer)}
-
-
-def _is_compiled(layer: Any) -> bool:
-    return getattr(layer, "_compiled_call_impl", None) is not None
 
 
 def _has_step_cache(layer: torch.nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ..attention import (
     tokens_for,
     use_dispatched_attention,
 )
-from ..components import view_as, what_fixes_forward
+from ..components import parts_of, view_as, what_fixes_forward
 from ..context_cache import ContextCache
 from ..inputs import check_choice
 
@@ -55,11 +55,9 @@ class DenoiserMixin:
         """Processors that run on the chosen backend, and blocks that a cache can be given to."""
         model: Any = self
         use_dispatched_attention(model)
-        for parent in list(model.modules()):
-            for name, block in parent.named_children():
-                is_stock = type(block) is StockKandinsky3AttentionBlock
-                if is_stock and what_fixes_forward(block, Kandinsky3AttentionBlock) is None:
-                    setattr(parent, name, view_as(block, Kandinsky3AttentionBlock))
+        for parent, name, block in parts_of(model, StockKandinsky3AttentionBlock):
+            if what_fixes_forward(block, Kandinsky3AttentionBlock) is None:
+                setattr(parent, name, view_as(block, Kandinsky3AttentionBlock))
 
     @property
     def supports_context_cache(self) -> bool:
@@ -69,9 +67,7 @@ class DenoiserMixin:
         became ours.
         """
         model: Any = self
-        return keeps_context(model) and not any(
-            type(block) is StockKandinsky3AttentionBlock for block in model.modules()
-        )
+        return keeps_context(model) and not parts_of(model, StockKandinsky3AttentionBlock)
 
     def set_default_attn_processor(self) -> None:
         """Go back to the attention processors that the model is built with."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3UNet as StockKandinsky3UNet
+from diffusers.utils.torch_utils import unwrap_module
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection, T5EncoderModel, T5Tokenizer
 
 from .. import sampling
@@ -88,7 +89,7 @@ class Kandinsky3ControlNetPipeline(Kandinsky3Pipeline):
         image_encoder: CLIPVisionModelWithProjection | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
     ):
-        if not isinstance(getattr(controlnet, "_orig_mod", controlnet), Kandinsky3ControlNetModel):
+        if not isinstance(unwrap_module(controlnet), Kandinsky3ControlNetModel):
             raise TypeError(
                 f"`controlnet` is a {type(controlnet).__name__}; accepted is one Kandinsky3ControlNetModel."
             )
