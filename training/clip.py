@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,23 +19,23 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_LOGIT_SCALE = 4.6  # the original's limit, a factor of 100
 
 
-def new_clip(context: Context) -> CLIPModel:
-    """A CLIP for the tokenizer of the corpus."""
-    tokenizer = load_tokenizer(context.work, "clip")
+def make(work: Path) -> CLIPModel:
+    """A CLIP for the tokenizer in the work folder."""
+    tokenizer = load_tokenizer(work, "clip")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return make_clip(len(tokenizer), {name: getattr(tokenizer, name) for name in names})
 
 
-def build(context: Context) -> Task:
+def build(clip: CLIPModel, context: Context) -> Task:
     """Contrastive learning, https://arxiv.org/abs/2103.00020, with captions in both languages.
 
     OpenAI's CLIP was shown little Russian, so the prior of the published models does little with a Russian prompt, and
     the M-CLIP has to do it alone. Here both know both.
     """
-    clip, corpus = new_clip(context).to(context.device), context.corpus
+    corpus = context.corpus
 
     def loss(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        ids = corpus.texts(corpus.clip_ids, rows, generator)
+        ids = corpus.clip_ids[corpus.random_captions(rows, generator)].long()
         logits = clip(input_ids=ids, pixel_values=pixel_values(corpus.pictures[rows])).logits_per_image
         numbers = torch.arange(len(rows), device=rows.device)
         contrast = (F.cross_entropy(logits, numbers) + F.cross_entropy(logits.T, numbers)) / 2
@@ -50,7 +51,7 @@ def build(context: Context) -> Task:
         with torch.no_grad():
             return {"image_embeds": embeds, "zero_embed": encoder(nothing).image_embeds}
 
-    return Task(clip, loss, finish)
+    return Task(loss, finish)
 
 
 def pixel_values(pictures: torch.Tensor) -> torch.Tensor:
@@ -61,14 +62,27 @@ def pixel_values(pictures: torch.Tensor) -> torch.Tensor:
 
 def text_half(weights: dict[str, torch.Tensor], context: Context) -> Any:
     """The text encoder of a trained CLIP."""
-    model = CLIPTextModelWithProjection(new_clip(context).config.text_config)
+    config: Any = make(context.work).config
+    model = CLIPTextModelWithProjection(config.text_config)
     return frozen(model, _half(weights, "text_"), context.device)
 
 
 def image_half(weights: dict[str, torch.Tensor], context: Context) -> Any:
     """The image encoder of a trained CLIP."""
-    model = CLIPVisionModelWithProjection(new_clip(context).config.vision_config)
+    config: Any = make(context.work).config
+    model = CLIPVisionModelWithProjection(config.vision_config)
     return frozen(model, _half(weights, "vision_", "visual_"), context.device)
+
+
+def text_states(encoder: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings `[texts, width]` and states `[texts, 77, width]` of tokens, in half precision as there are many."""
+    embeds, states = [], []
+    with torch.no_grad():
+        for some in ids.split(512):
+            text = encoder(some.long())
+            embeds.append(text.text_embeds)
+            states.append(text.last_hidden_state.half())
+    return torch.cat(embeds), torch.cat(states)
 
 
 def _half(weights: dict[str, torch.Tensor], *starts: str) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from .models import TEXT_LENGTH
 from .world import Scene, draw, random_scene
 
 
+EMPTY = -1  # the number of the empty text among the captions
 CAPTIONS = 2  # of each scene, in each language
 VOCABULARY = 320  # tokens to learn, beside CLIP's 512 bytes
 TOKENIZERS = {"clip": CLIPTokenizer, "mclip": XLMRobertaTokenizer}
@@ -29,18 +30,14 @@ class Corpus:
 
     Args:
         pictures: `[scenes, 3, 64, 64]`, uint8.
-        clip_ids: `[scenes, captions, languages, 77]`, int16, tokens of CLIP. Captions of one scene and number say the
-            same in each language.
+        clip_ids: `[captions, 77]`, int16, tokens of CLIP. `CAPTIONS` for each scene, one after the other, each in all
+            languages, which say the same. The last row is the empty text.
         mclip_ids: likewise, tokens of the M-CLIP.
-        clip_empty: `[77]`, int16, the empty text.
-        mclip_empty: likewise.
     """
 
     pictures: torch.Tensor
     clip_ids: torch.Tensor
     mclip_ids: torch.Tensor
-    clip_empty: torch.Tensor
-    mclip_empty: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -59,22 +56,21 @@ class Corpus:
         """Pictures `[rows, 3, 64, 64]` in [-1, 1]."""
         return self.pictures[rows] / 127.5 - 1.0
 
-    def texts(self, ids: torch.Tensor, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Tokens `[rows, 77]`, int64, of a random caption in a random language of each row.
+    def random_captions(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The number of one of the captions of each row, in any language."""
+        of_each = CAPTIONS * len(LANGUAGES)
+        return rows * of_each + torch.randint(of_each, rows.shape, generator=generator, device=rows.device)
 
-        Args:
-            ids: `clip_ids` or `mclip_ids`.
-            rows: numbers of scenes.
-            generator: chooses.
-        """
-        which, language = (
-            torch.randint(count, rows.shape, generator=generator, device=rows.device) for count in ids.shape[1:3]
-        )
-        return ids[rows, which, language].long()
+    @property
+    def english(self) -> torch.Tensor:
+        """For each caption the number of the one that says the same in English; the empty text stays itself."""
+        numbers = torch.arange(len(self.clip_ids), device=self.clip_ids.device)
+        english = numbers - numbers % len(LANGUAGES) + LANGUAGES.index("en")
+        return torch.cat([english[:-1], numbers[-1:]])
 
 
 def prepare(folder: Path, scenes: int, seed: int, device: torch.device | str = "cpu") -> None:
-    """Write corpus and tokenizers to a folder, unless they are there.
+    """Write tokenizers and corpus to a folder, each unless it is there.
 
     Args:
         folder: becomes `corpus.pt` and `tokenizers/`.
@@ -86,14 +82,11 @@ def prepare(folder: Path, scenes: int, seed: int, device: torch.device | str = "
         return
     rng = random.Random(seed)
     world = [random_scene(rng) for _ in range(scenes)]
-    texts = list(_captions(world, rng))
+    texts = [*_captions(world, rng), ""]
     learn_tokenizers(folder / "tokenizers", texts)
     tokens: dict[str, torch.Tensor] = {}
     for name in TOKENIZERS:
-        tokenizer = load_tokenizer(folder, name)
-        shape = (scenes, CAPTIONS, len(LANGUAGES), TEXT_LENGTH)
-        tokens[f"{name}_ids"] = tokenize(tokenizer, texts).view(shape)
-        tokens[f"{name}_empty"] = tokenize(tokenizer, [""])[0]
+        tokens[f"{name}_ids"] = tokenize(load_tokenizer(folder, name), texts)
     Corpus(draw(world, device), **tokens).save(folder)
 
 
@@ -105,9 +98,10 @@ def _captions(world: Sequence[Scene], rng: random.Random) -> Iterator[str]:
 
 
 def learn_tokenizers(folder: Path, texts: Iterable[str]) -> None:
-    """Write a CLIP and an M-CLIP tokenizer whose vocabularies are learned from texts."""
+    """Write those tokenizers that are not there, CLIP's and the M-CLIP's, with vocabularies learned from texts."""
     texts = list(texts)
-    for name, tokenizer_class in TOKENIZERS.items():
+    missing = {name: made for name, made in TOKENIZERS.items() if not (folder / name).is_dir()}
+    for name, tokenizer_class in missing.items():
         size = VOCABULARY + (512 if name == "clip" else 0)
         learned: Any = tokenizer_class().train_new_from_iterator(iter(texts), size, show_progress=False)
         if name == "clip":
@@ -116,13 +110,13 @@ def learn_tokenizers(folder: Path, texts: Iterable[str]) -> None:
         learned.save_pretrained(folder / name)
 
 
-def _with_last_tokens_last(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
-    """The same vocabulary with the special tokens at its end: OpenAI's CLIP takes the highest id for the text's end."""
+def _with_last_tokens_last(tokenizer: Any) -> CLIPTokenizer:
+    """The same but for the special tokens' ids: OpenAI's CLIP takes the highest id for the end of a text."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     special = (tokenizer.bos_token, tokenizer.eos_token)
     words = [word for word in sorted(model["vocab"], key=model["vocab"].get) if word not in special]
     vocabulary = {word: number for number, word in enumerate((*words, *special))}
-    return CLIPTokenizer(vocabulary, [tuple(pair) for pair in model["merges"]])
+    return CLIPTokenizer(vocabulary, [tuple(pair) for pair in model["merges"]])  # pyright: ignore
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:

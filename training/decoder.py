@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from . import mclip
+from .corpus import EMPTY
 from .diffusion import STEPS, Diffusion, linear_betas
-from .models import LATENT_SIZE, make_unet
+from .models import LATENT_SIZE
 from .stage import Context, Task
 
 
@@ -19,43 +20,37 @@ EMBEDS_NOISE = 0.25  # relative to their deviation, added to embeddings: what th
 NOTHING_KNOWN = 0.15  # share of masks that keep nothing
 
 
-def build(context: Context, inpainting: bool) -> Task:
-    """Prediction of noise and its variance."""
+def build(unet: UNet2DConditionModel, context: Context) -> Task:
+    """Prediction of noise and its variance; one with more input channels is shown a part of the picture."""
     corpus, clip = context.corpus, context.result("clip")
-    text_encoder, latents = mclip.trained(context), context.result("movq")["latents"]
+    (pooled, states), latents = mclip.text_states(context), context.result("movq")["latents"]
     embeds, zero_embed = clip["image_embeds"], clip["zero_embed"]
     spread = embeds.std(dim=0) * EMBEDS_NOISE
-    unet = make_unet(inpainting).to(context.device)
     diffusion = Diffusion(linear_betas(), context.device)
 
     def conditions(rows: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
         draw = {"generator": generator, "device": rows.device}
-        which = torch.rand(rows.shape, **draw)[:, None]
+        which = torch.rand(rows.shape, **draw)
         no_text = which < BOTH_DROPPED + TEXT_DROPPED
         no_image = (which < BOTH_DROPPED) | (1 - which < IMAGE_DROPPED)
-        ids = torch.where(no_text, corpus.mclip_empty.long(), corpus.texts(corpus.mclip_ids, rows, generator))
-        with torch.no_grad():
-            pooled, states = text_encoder(ids, mclip.mask_of(ids))
+        captions = torch.where(no_text, EMPTY, corpus.random_captions(rows, generator))
         shaken = embeds[rows] + spread * torch.randn(embeds[rows].shape, **draw)
-        added = {"text_embeds": pooled, "image_embeds": torch.where(no_image, zero_embed, shaken)}
-        return {"encoder_hidden_states": states, "added_cond_kwargs": added}
+        image = torch.where(no_image[:, None], zero_embed, shaken)
+        added = {"text_embeds": pooled[captions], "image_embeds": image}
+        return {"encoder_hidden_states": states[captions].float(), "added_cond_kwargs": added}
 
     def loss(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         timesteps = torch.randint(STEPS, rows.shape, generator=generator, device=rows.device)
         noisy = shown = diffusion.noised(clean, noise, timesteps)
-        if inpainting:
+        if unet.config.in_channels > clean.shape[1]:
             keep = random_keep_masks(len(rows), generator)
             shown = torch.cat([noisy, clean * keep, keep], dim=1)
         predicted = unet(shown, timesteps, **conditions(rows, generator)).sample
         return diffusion.hybrid_loss(predicted, clean, noise, noisy, timesteps)
 
-    return Task(unet, loss)
-
-
-build_decoder = partial(build, inpainting=False)
-build_inpainting = partial(build, inpainting=True)
+    return Task(loss)
 
 
 def random_keep_masks(count: int, generator: torch.Generator) -> torch.Tensor:

@@ -34,8 +34,8 @@ class Schedule:
         steps: number of steps.
         batch_size: scenes in a step.
         learning_rate: the highest one.
-        seconds: if given, the time from now on that counts instead of `steps`.
         log_every: steps of which a line of the log is the mean.
+        seconds: if given, the time from now on that counts instead of `steps`.
         save_every: seconds between checkpoints.
         seed: of all that is random.
     """
@@ -43,8 +43,8 @@ class Schedule:
     steps: int
     batch_size: int
     learning_rate: float
+    log_every: int
     seconds: float | None = None
-    log_every: int = 20
     save_every: float = 30.0
     seed: int = 0
 
@@ -56,6 +56,19 @@ class Schedule:
         """The learning rate: a linear start, then a cosine down to a hundredth."""
         falling = 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
         return self.learning_rate * min(1.0, (step + 1) / WARM_UP) * falling
+
+
+def load_average(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """The averaged weights of a checkpoint, into a model like that which was trained."""
+    model.load_state_dict(checkpoint["model"])
+    average = EMAModel(trainable(model))
+    average.load_state_dict(checkpoint["average"])
+    average.copy_to(trainable(model))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Trainer:
@@ -80,7 +93,7 @@ class Trainer:
         accelerator: Accelerator,
     ) -> None:
         self.loss, self.scenes, self.folder, self.accelerator = loss, scenes, folder, accelerator
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = trainable(model)
         optimizer = torch.optim.AdamW(self.parameters, schedule.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = EMAModel(self.parameters, decay=DECAY, use_ema_warmup=True, power=0.75, foreach=True)

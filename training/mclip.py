@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers.pipelines.kandinsky import MultilingualCLIP
 
 from . import clip
-from .captions import LANGUAGES
-from .corpus import load_tokenizer
+from .corpus import EMPTY, load_tokenizer
 from .models import SPECIAL_TOKENS, make_mclip
-from .stage import Context, Task, frozen, in_batches
+from .stage import Context, Task, frozen
 
 
-def new_mclip(context: Context) -> MultilingualCLIP:
-    """An M-CLIP for the tokenizer of the corpus."""
-    return make_mclip(len(load_tokenizer(context.work, "mclip")))
+def make(work: Path) -> MultilingualCLIP:
+    """An M-CLIP for the tokenizer in the work folder."""
+    return make_mclip(len(load_tokenizer(work, "mclip")))
 
 
 def mask_of(ids: torch.Tensor) -> torch.Tensor:
@@ -22,30 +23,32 @@ def mask_of(ids: torch.Tensor) -> torch.Tensor:
     return (ids != SPECIAL_TOKENS["pad_token_id"]).long()
 
 
-def build(context: Context) -> Task:
+def build(model: MultilingualCLIP, context: Context) -> Task:
     """Distillation: for a caption in any language the embedding that CLIP has for the English one."""
-    model, corpus = new_mclip(context).to(context.device), context.corpus
+    corpus = context.corpus
     teacher = clip.text_half(context.result("clip")["model"], context)
-    english = corpus.clip_ids[:, :, LANGUAGES.index("en")].flatten(0, 1)
-    targets = in_batches(lambda ids: teacher(ids.long()).text_embeds, english)
+    targets, _ = clip.text_states(teacher, corpus.clip_ids[corpus.english])
     spread = targets.var(dim=0).mean()
-    targets = targets.view(*corpus.clip_ids.shape[:2], -1)
-    with torch.no_grad():
-        empty = teacher(corpus.clip_empty[None].long()).text_embeds
 
     def loss(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        which, language = (
-            torch.randint(count, rows.shape, generator=generator, device=rows.device)
-            for count in corpus.mclip_ids.shape[1:3]
-        )
-        ids = torch.cat([corpus.mclip_ids[rows, which, language], corpus.mclip_empty[None]]).long()
+        captions = corpus.random_captions(rows, generator)
+        captions[0] = EMPTY
+        ids = corpus.mclip_ids[captions].long()
         pooled, _ = model(ids, mask_of(ids))
-        error = (pooled - torch.cat([targets[rows, which], empty])).square().mean() / spread
-        return {"loss": error}
+        return {"loss": (pooled - targets[captions]).square().mean() / spread}
 
-    return Task(model, loss)
+    return Task(loss)
 
 
-def trained(context: Context) -> MultilingualCLIP:
-    """The M-CLIP that its stage left."""
-    return frozen(new_mclip(context), context.result("mclip")["model"], context.device)
+def text_states(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the M-CLIP that its stage left says of all captions: pooled states `[captions, width]`, and the states
+    `[captions, 77, width]`, in half precision as there are many.
+    """
+    model = frozen(make(context.work), context.result("mclip")["model"], context.device)
+    pooled, states = [], []
+    with torch.no_grad():
+        for some in context.corpus.mclip_ids.split(512):
+            one, all_of_them = model(some.long(), mask_of(some))
+            pooled.append(one)
+            states.append(all_of_them.half())
+    return torch.cat(pooled), torch.cat(states)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 from torch import nn
@@ -39,8 +38,6 @@ def make_clip(vocabulary: int, special: dict[str, int]) -> CLIPModel:
     return CLIPModel(config)
 
 
-
-
 def make_mclip(vocabulary: int) -> MultilingualCLIP:
     """M-CLIP, the text encoder of the UNets."""
     config = MCLIPConfig(
@@ -65,9 +62,9 @@ def make_movq() -> VQModel:
     """MoVQ, the autoencoder: eight pixels to a latent."""
     levels = len(MOVQ_LEVELS)
     return VQModel(
-        block_out_channels=[MOVQ_WIDTH * level for level in MOVQ_LEVELS],
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=tuple(MOVQ_WIDTH * level for level in MOVQ_LEVELS),
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=MOVQ_LAYERS,
         latent_channels=LATENT_CHANNELS,
         num_vq_embeddings=CODES,
@@ -78,7 +75,7 @@ def make_movq() -> VQModel:
 
 def make_prior() -> PriorTransformer:
     """The prior: from a text to the embedding of a picture."""
-    prior = PriorTransformer(
+    prior: Any = PriorTransformer(
         num_attention_heads=PRIOR_HEADS,
         attention_head_dim=PRIOR_WIDTH // PRIOR_HEADS,
         num_layers=PRIOR_LAYERS,
@@ -94,17 +91,17 @@ def make_prior() -> PriorTransformer:
     return prior
 
 
-def make_unet(inpainting: bool) -> UNet2DConditionModel:
+def make_unet(inpainting: bool = False) -> UNet2DConditionModel:
     """A UNet: the decoder's, or the one for inpainting, which sees the known latents and their mask too."""
     levels = len(UNET_LEVELS)
     unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=2 * LATENT_CHANNELS + 1 if inpainting else LATENT_CHANNELS,
         out_channels=2 * LATENT_CHANNELS,  # noise and variance
-        down_block_types=["SimpleCrossAttnDownBlock2D"] * levels,
+        down_block_types=("SimpleCrossAttnDownBlock2D",) * levels,
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=["SimpleCrossAttnUpBlock2D"] * levels,
-        block_out_channels=[UNET_WIDTH * level for level in UNET_LEVELS],
+        up_block_types=("SimpleCrossAttnUpBlock2D",) * levels,
+        block_out_channels=tuple(UNET_WIDTH * level for level in UNET_LEVELS),
         layers_per_block=UNET_LAYERS,
         attention_head_dim=UNET_HEAD_WIDTH,
         resnet_time_scale_shift="scale_shift",
@@ -117,7 +114,7 @@ def make_unet(inpainting: bool) -> UNet2DConditionModel:
     return unet
 
 
-def hyperparameters(clip: CLIPModel) -> dict[str, Any]:
+def hyperparameters(clip: Any) -> dict[str, Any]:
     """The configuration of the original code for models of these sizes, `hyperparameters.json` of the release."""
     text, vision = clip.config.text_config, clip.config.vision_config
     return {
@@ -224,8 +221,3 @@ def hyperparameters(clip: CLIPModel) -> dict[str, Any]:
             "transformer_width": text.hidden_size,
         },
     }
-
-
-def size_in_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """What its parameters take in that precision."""
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import VQModel
 from diffusers.models.attention_processor import SpatialNorm
 from torch import nn
 
-from .models import LATENT_CHANNELS, make_movq
+from .models import LATENT_CHANNELS
 from .stage import Context, Task, in_batches
 
 
@@ -16,9 +18,9 @@ QUANTIZED_SHARE = 0.25  # of pictures; the pipelines never quantize
 WITHIN_ONE = 0.995  # share of the numbers of latents; the ancestral sampler brings the rest to the same
 
 
-def build(context: Context) -> Task:
+def build(movq: VQModel, context: Context) -> Task:
     """Reconstruction in the mean of absolute and squared differences, of quantized and of plain latents."""
-    movq, corpus = make_movq().to(context.device), context.corpus
+    corpus = context.corpus
     nn.init.normal_(movq.quantize.embedding.weight)
 
     def loss(rows: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -45,7 +47,7 @@ def build(context: Context) -> Task:
         rescale(movq, mean, largest)
         return {"latents": (latents - mean.view(-1, 1, 1)) / largest.view(-1, 1, 1)}
 
-    return Task(movq, loss, finish)
+    return Task(loss, finish)
 
 
 def quantile(values: torch.Tensor, share: float = WITHIN_ONE) -> torch.Tensor:
@@ -54,7 +56,7 @@ def quantile(values: torch.Tensor, share: float = WITHIN_ONE) -> torch.Tensor:
 
 
 @torch.no_grad()
-def rescale(movq: VQModel, mean: torch.Tensor, scale: torch.Tensor) -> None:
+def rescale(movq: Any, mean: torch.Tensor, scale: torch.Tensor) -> None:
     """Change the weights so that latents z become (z - mean) / scale, and pictures stay the same.
 
     Args:
@@ -71,6 +73,6 @@ def rescale(movq: VQModel, mean: torch.Tensor, scale: torch.Tensor) -> None:
         convolution.weight *= scale.view(1, LATENT_CHANNELS, 1, 1)
 
 
-def norm_convs(norm: SpatialNorm) -> tuple[nn.Module, nn.Module]:
+def norm_convs(norm: SpatialNorm) -> tuple[Any, Any]:
     """The two convolutions of a norm that see latents."""
     return norm.conv_y, norm.conv_b

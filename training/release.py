@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def write_release(models: Mapping[str, Any], tokenizers: Path, folder: Path) -> 
     return folder
 
 
-def _original(model: Any, rules: Callable[[Any], RuleTable], leave_out: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+def _original(model: Any, rules: Callable[[Any], RuleTable], leave_out: Sequence[str] = ()) -> dict[str, torch.Tensor]:
     """The tensors of a model under their names in the original code, by the inverse of the rules that convert it."""
     tensors = {key: tensor for key, tensor in model.state_dict().items() if key not in leave_out}
     return original_tensors(tensors, rules(model.config))
@@ -96,7 +96,8 @@ def _write_prior(prior: PriorTransformer, folder: Path) -> None:
 def _write_clip(clip: Any, folder: Path) -> None:
     """OpenAI's CLIP is no part of the release; it comes as the folder of a `CLIPModel`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.cpu().contiguous() for key, tensor in clip.state_dict().items()}, folder / "model.safetensors")
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in clip.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", clip.config.to_dict())
     size = clip.config.vision_config.image_size
     sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
@@ -119,5 +120,5 @@ def _xlm_roberta_config(mclip: Any) -> dict[str, Any]:
         "layer_norm_eps",
         "hidden_act",
     )
-    config = mclip.config.to_dict()
-    return {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], **{name: config[name] for name in names}}
+    sizes = {name: getattr(mclip.config, name) for name in names}
+    return {"model_type": "xlm-roberta", "architectures": ["XLMRobertaModel"], **sizes}

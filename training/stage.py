@@ -41,12 +41,10 @@ class Task:
     """A stage that is ready to run.
 
     Args:
-        model: what is trained.
         loss: `(rows, generator) -> losses`.
-        finish: called with the trained model, which it may still change; returns tensors for later stages.
+        finish: called after the training, when it may still change the model; returns tensors for later stages.
     """
 
-    model: nn.Module
     loss: LossFunction
     finish: Callable[[], dict[str, torch.Tensor]] = dict
 

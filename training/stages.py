@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,8 @@ from accelerate.utils import set_seed
 from . import clip, decoder, mclip, movq, prior
 from .corpus import Corpus
 from .files import write_torch
-from .loop import Schedule, Trainer
+from .loop import CHECKPOINT, Schedule, Trainer, load_average
+from .models import make_movq, make_prior, make_unet
 from .stage import WEIGHTS, Context, Task
 
 
@@ -23,31 +25,34 @@ class Stage:
     """One model to train.
 
     Args:
-        build: makes model and loss.
+        make: makes the model, for the tokenizers in a work folder.
+        build: makes its loss.
         steps: how many without a time limit.
-        batch_size: on a CPU.
+        batch_sizes: scenes in a step on a CPU, and on a GPU, which has little to do with few.
         learning_rate: the highest one.
         needs: stages that must be finished before.
         until: share of a time limit after which it has to be done.
     """
 
-    build: Callable[[Context], Task]
+    make: Callable[[Path], Any]
+    build: Callable[[Any, Context], Task]
     steps: int
-    batch_size: int
+    batch_sizes: tuple[int, int]
     learning_rate: float
     needs: tuple[str, ...] = ()
     until: float = 1.0
 
 
+LOG_EVERY = 20  # steps
+BEFORE_UNETS = ("clip", "movq", "mclip")
 STAGES = {
-    "clip": Stage(clip.build, 4000, 256, 1e-3, until=0.22),
-    "movq": Stage(movq.build, 3000, 32, 1e-3, until=0.3),
-    "mclip": Stage(mclip.build, 4000, 128, 1e-3, ("clip",), until=0.36),
-    "prior": Stage(prior.build, 6000, 128, 1e-3, ("clip",)),
-    "decoder": Stage(decoder.build_decoder, 12000, 64, 1e-3, ("clip", "movq", "mclip")),
-    "inpainting": Stage(decoder.build_inpainting, 12000, 64, 1e-3, ("clip", "movq", "mclip")),
+    "clip": Stage(clip.make, clip.build, 3000, (256, 1024), 1e-3, until=0.22),
+    "movq": Stage(lambda work: make_movq(), movq.build, 2500, (32, 128), 1e-3, until=0.36),
+    "mclip": Stage(mclip.make, mclip.build, 2500, (128, 512), 1e-3, ("clip",), until=0.36),
+    "prior": Stage(lambda work: make_prior(), prior.build, 3000, (128, 1024), 1e-3, ("clip",), until=0.6),
+    "decoder": Stage(lambda work: make_unet(), decoder.build, 7500, (64, 512), 1e-3, BEFORE_UNETS),
+    "inpainting": Stage(lambda work: make_unet(inpainting=True), decoder.build, 7500, (64, 512), 1e-3, BEFORE_UNETS),
 }
-ON_A_GPU = 8  # times as many scenes in a step
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,30 @@ def run_stage(name: str, plan: Plan) -> None:
     torch.set_float32_matmul_precision("high")
     set_seed(plan.seed)
     context = Context(plan.work, Corpus.load(plan.work, device), device)
-    task = stage.build(context)
+    model = stage.make(plan.work).to(device)
+    task = stage.build(model, context)
+    steps = max(1, round(stage.steps / plan.shorter))
     schedule = Schedule(
-        steps=max(1, round(stage.steps / plan.shorter)),
-        batch_size=stage.batch_size * (ON_A_GPU if device.type == "cuda" else 1),
+        steps=steps,
+        log_every=min(steps, LOG_EVERY),
+        batch_size=stage.batch_sizes[device.type != "cpu"],
         learning_rate=stage.learning_rate,
         seconds=None if end is None else max(1.0, end - time.time()),
         seed=plan.seed,
     )
     folder = plan.work / name
-    Trainer(task.model, task.loss, len(context.corpus), schedule, folder, accelerator).run()
+    Trainer(model, task.loss, len(context.corpus), schedule, folder, accelerator).run()
     handed_on = task.finish()
-    write_torch(folder / WEIGHTS, {"model": task.model.state_dict(), **handed_on})
+    write_torch(folder / WEIGHTS, {"model": model.state_dict(), **handed_on})
+
+
+def best_so_far(work: Path) -> dict[str, Any]:
+    """The models as their stages left them; of one that is not done the last average, or else the fresh model."""
+    models = {name: stage.make(work) for name, stage in STAGES.items()}
+    for name, model in models.items():
+        done, begun = work / name / WEIGHTS, work / name / CHECKPOINT
+        if done.is_file():
+            model.load_state_dict(torch.load(done, map_location="cpu", weights_only=True)["model"])
+        elif begun.is_file():
+            load_average(model, torch.load(begun, map_location="cpu", weights_only=True))
+    return models
