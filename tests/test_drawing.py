@@ -1,0 +1,259 @@
+"""What users ask of a model that can draw: does the picture show what was asked for?
+
+The tiny Kandinsky in `training/release` was trained on coloured shapes. What it draws is read by `training.reading`,
+by colours, connected areas and outlines. Prompts and seeds are chosen by rule: every colour with every shape, in their
+order, and seeds that count from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+
+from kandinsky_diffusers.conversion import convert
+from tests.conftest import Built
+from training.evaluation import Wish, accuracy, readings, wishes
+from training.reading import Reading, read
+from training.world import COLORS, PLACES, SHAPES, SIZE, Scene, draw, make_figure
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RELEASE = ROOT / "training" / "release"
+STEPS = 8
+SEEDS = (0, 35)  # of the first of all prompts; each following prompt has the next seed
+WISHES = wishes("en")
+SOME = WISHES[::3]  # of every colour, and of every shape
+Pictures = list[PIL.Image.Image]
+
+
+def quick(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def repos(built: Built) -> Path:
+    """The converted repositories of the release. Read only."""
+    options: dict[str, Any] = {"clip": RELEASE / "clip", "original_config": RELEASE / "hyperparameters.json"}
+    return built("coloured-shapes", lambda folder: convert(RELEASE, folder, version="2.1", **options))
+
+
+@pytest.fixture(scope="module")
+def artist(repos: Path) -> Any:
+    return quick(AutoPipelineForText2Image.from_pretrained(repos / "kandinsky-2-1"))
+
+
+@pytest.fixture(scope="module")
+def share_right(artist: Any) -> Callable[..., float]:
+    """Share of all prompts in a language of whose pictures colour and shape are right, from a seed on."""
+
+    @cache
+    def share(language: str, seed: int, **options: float) -> float:
+        return accuracy(artist, language, seed, num_inference_steps=STEPS, **options)["both"]
+
+    return share
+
+
+@pytest.fixture(scope="module")
+def seen(artist: Any) -> list[Reading]:
+    """What is drawn for `SOME`."""
+    return look(artist, SOME)
+
+
+def look(artist: Any, asked: Sequence[Wish], **options: Any) -> list[Reading]:
+    return list(readings(artist, [wish.prompt for wish in asked], 0, num_inference_steps=STEPS, **options))
+
+
+def share_that_shows(asked: Sequence[Wish], seen: Sequence[Reading], place: str | None = None) -> float:
+    shown = [reading.shows(wish.shape, wish.color, place) for wish, reading in zip(asked, seen, strict=True)]
+    return sum(shown) / len(shown)
+
+
+def share_alike(one: Sequence[Reading], other: Sequence[Reading]) -> float:
+    """Of how many pictures the same shapes in the same colours are read."""
+
+    def kinds(reading: Reading) -> list[tuple[str, str]]:
+        return sorted((figure.shape, figure.color) for figure in reading.figures)
+
+    return sum(kinds(a) == kinds(b) for a, b in zip(one, other, strict=True)) / len(one)
+
+
+# ----------------------------------------------------------------------------------------------------- text to image
+
+
+@pytest.mark.parametrize("language", ["en", "ru"])
+def test_colour_and_shape_are_those_of_the_prompt(share_right: Callable[..., float], language: str) -> None:
+    assert np.mean([share_right(language, seed) for seed in SEEDS]) >= 0.9
+
+
+def test_guidance_makes_more_pictures_right(share_right: Callable[..., float]) -> None:
+    without = share_right("en", 0, guidance_scale=1.0, prior_guidance_scale=1.0)
+
+    assert share_right("en", 0) > without
+
+
+def test_a_negative_prompt_drives_its_colour_out(artist: Any) -> None:
+    asked = [Wish(f"a {shape}", shape, color) for shape in SHAPES for color in COLORS]  # the prompt says no colour
+    negatives = [f"{'an' if wish.color[0] in 'aeiou' else 'a'} {wish.color} {wish.shape}" for wish in asked]
+
+    without, with_negative = look(artist, asked), look(artist, asked, negative_prompt=negatives)
+
+    before, after = (sum(map(shows_color, asked, pictures)) for pictures in (without, with_negative))
+    assert before > 0
+    assert after < before / 2
+
+
+def shows_color(wish: Wish, reading: Reading) -> bool:
+    return reading.shows(color=wish.color)
+
+
+# ---------------------------------------------------------------------------------------- image to image, inpainting
+
+
+def scenes(places: Sequence[str] = tuple(PLACES)) -> Iterator[Scene]:
+    """One large shape each: shapes, colours and places in turn."""
+    rng = Random(0)
+    for number in range(1000):
+        kind = WISHES[(8 * number + 3) % len(WISHES)]
+        figure = make_figure(kind.shape, kind.color, places[number % len(places)], "large", rng)
+        yield Scene("grey", (figure,))
+
+
+def pictures_of(scenes: Sequence[Scene]) -> Pictures:
+    return [PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in draw(scenes)]
+
+
+@pytest.fixture(scope="module")
+def redrawn(repos: Path) -> dict[float, tuple[list[Scene], list[Reading]]]:
+    """For two strengths the inputs, and what became of them with the prompts of `SOME`."""
+    artist = quick(AutoPipelineForImage2Image.from_pretrained(repos / "kandinsky-2-1"))
+    inputs = list(islice(scenes(), len(SOME)))
+    return {
+        strength: (inputs, look(artist, SOME, image=pictures_of(inputs), strength=strength)) for strength in (0.3, 1.0)
+    }
+
+
+def test_at_low_strength_the_layout_stays(redrawn: dict[float, tuple[list[Scene], list[Reading]]]) -> None:
+    inputs, outputs = redrawn[0.3]
+
+    stayed = [
+        len(reading.figures) == 1 and reading.shows(place=scene.figures[0].place) and reading.ground == scene.ground
+        for scene, reading in zip(inputs, outputs, strict=True)
+    ]
+    assert np.mean(stayed) >= 0.9
+
+
+def test_at_high_strength_the_prompt_decides(redrawn: dict[float, tuple[list[Scene], list[Reading]]]) -> None:
+    low, high = (share_that_shows(SOME, redrawn[strength][1]) for strength in (0.3, 1.0))
+
+    assert high >= 0.9
+    assert low < 0.5
+
+
+OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+ENGLISH = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+
+
+def half(place: str) -> PIL.Image.Image:
+    """A mask, white in the half of this place."""
+    white = np.zeros((SIZE, SIZE), np.uint8)
+    rows, columns = {
+        "left": (slice(None), slice(SIZE // 2)),
+        "right": (slice(None), slice(SIZE // 2, None)),
+        "top": (slice(SIZE // 2), slice(None)),
+        "bottom": (slice(SIZE // 2, None), slice(None)),
+    }[place]
+    white[rows, columns] = 255
+    return PIL.Image.fromarray(white)
+
+
+def test_inpainting_puts_in_what_the_prompt_says_and_leaves_the_rest_alone(repos: Path) -> None:
+    artist = quick(AutoPipelineForInpainting.from_pretrained(repos / "kandinsky-2-1-inpaint"))
+    inputs = list(islice(scenes(tuple(OPPOSITE)), len(SOME)))
+    there = [scene.figures[0] for scene in inputs]
+    masks = [half(OPPOSITE[figure.place]) for figure in there]
+    prompts = [
+        f"a {figure.color} {figure.shape} {ENGLISH[figure.place]} and {wish.prompt} {ENGLISH[OPPOSITE[figure.place]]}"
+        for figure, wish in zip(there, SOME, strict=True)
+    ]
+    before = pictures_of(inputs)
+
+    after = artist(
+        prompts,
+        image=before,
+        mask_image=masks,
+        preserve_unmasked=True,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=STEPS,
+        prior_num_inference_steps=5,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+    ).images
+
+    for old, mask, new in zip(before, masks, after, strict=True):
+        kept = np.asarray(mask) == 0
+        assert np.array_equal(np.asarray(old)[kept], np.asarray(new)[kept])
+    painted = [
+        read(picture).shows(wish.shape, wish.color, OPPOSITE[figure.place])
+        for picture, wish, figure in zip(after, SOME, there, strict=True)
+    ]
+    assert np.mean(painted) >= 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------- mixtures
+
+
+def test_the_ends_of_a_mixture_are_what_is_mixed(artist: Any) -> None:
+    pairs = list(zip(SOME[:4], SOME[4:8], strict=True))
+    scene = next(scenes())
+    figure = scene.figures[0]
+
+    def ends(first: str | PIL.Image.Image, second: str) -> list[Reading]:
+        mixed = artist.mix(
+            [first, second],
+            [[1.0, 0.0], [0.0, 1.0]],
+            prior_num_inference_steps=5,
+            num_inference_steps=STEPS,
+            height=SIZE,
+            width=SIZE,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return [read(picture) for picture in mixed.images]
+
+    for first, second in pairs:
+        assert share_that_shows([first, second], ends(first.prompt, second.prompt)) == 1
+    of_picture, of_prompt = ends(pictures_of([scene])[0], SOME[0].prompt)
+    assert of_picture.shows(figure.shape, figure.color)
+    assert of_prompt.shows(SOME[0].shape, SOME[0].color)
+
+
+# ------------------------------------------------------------------------------------- ways to compute the same thing
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_draws_the_same(repos: Path, seen: list[Reading], dtype: torch.dtype) -> None:
+    artist = quick(AutoPipelineForText2Image.from_pretrained(repos / "kandinsky-2-1", dtype=dtype))
+
+    assert share_alike(seen, look(artist, SOME)) >= 0.9
+
+
+def test_with_and_without_the_cache_of_the_prior_the_same_is_drawn(repos: Path, seen: list[Reading]) -> None:
+    artist = quick(AutoPipelineForText2Image.from_pretrained(repos / "kandinsky-2-1")).exact_reference()
+
+    assert share_alike(seen, look(artist, SOME)) == 1
+
+
+def test_an_optimized_pipeline_draws_the_same(repos: Path, seen: list[Reading]) -> None:
+    artist = quick(AutoPipelineForText2Image.from_pretrained(repos / "kandinsky-2-1")).optimize()
+
+    assert share_alike(seen, look(artist, SOME)) == 1
