@@ -12,7 +12,7 @@ import torch
 from .world import COLORS, GROUNDS, PLACES, SHAPES, SIZE, signed_distance
 
 
-LEAST_AREA = 40  # pixels; the smallest cross has more than twice as many, blurred edges have less
+LEAST_AREA = 40  # pixels; the smallest figure has three times as many, blurred edges have less
 NAMES = (*COLORS, *GROUNDS)
 PALETTE = np.array([*COLORS.values(), *GROUNDS.values()], dtype=np.float32)
 WIDTH_OF_LARGE = 20  # pixels; small ones are at most 18 wide, large ones, the square among them, at least 21.6

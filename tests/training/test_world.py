@@ -87,6 +87,7 @@ def test_a_batch_is_drawn_like_its_scenes_alone() -> None:
     ("name", "gender", "case", "text"),
     [
         ("red", "m", NOMINATIVE, "красный"),
+        ("blue", "m", NOMINATIVE, "синий"),
         ("blue", "n", NOMINATIVE, "синее"),
         ("blue", "f", ACCUSATIVE, "синюю"),
         ("black", "n", INSTRUMENTAL, "чёрным"),
