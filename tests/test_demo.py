@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
+from kandinsky_diffusers import demo
+from kandinsky_diffusers.cli import app
 from kandinsky_diffusers.conversion import ConversionError
 from kandinsky_diffusers.demo import COLOURED_SHAPES, Motifs, Settings, run_demo, sheet
 from kandinsky_diffusers.demo.rows import Picture, Row, Shot, rows_of, upper_half
@@ -140,6 +143,19 @@ def test_demo_of_a_broken_release_makes_nothing(demo_release: Path, tmp_path: Pa
         run_demo(release, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_draws_prompts_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments, **more: asked.append(arguments) or Path("index.html"))
+
+    options = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    result = CliRunner().invoke(app, ["demo", "release", "out", *options, "--size", "512"])
+    CliRunner().invoke(app, ["demo", "release"])
+
+    assert "from the release release" in result.output
+    assert asked[0] == (Path("release"), Path("out"), Settings(Motifs.of(PROMPTS), size=512))
+    assert asked[1] == (Path("release"), Path("demo_output"), Settings(COLOURED_SHAPES))
 
 
 # --------------------------------------------------------------------------------------------------- what is drawn
