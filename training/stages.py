@@ -49,9 +49,9 @@ STAGES = {
     "clip": Stage(clip.make, clip.build, 3000, (256, 1024), 1e-3, until=0.22),
     "movq": Stage(lambda work: make_movq(), movq.build, 2500, (32, 128), 1e-3, until=0.36),
     "mclip": Stage(mclip.make, mclip.build, 2500, (128, 512), 1e-3, ("clip",), until=0.36),
-    "prior": Stage(lambda work: make_prior(), prior.build, 3000, (128, 1024), 1e-3, ("clip",), until=0.6),
-    "decoder": Stage(lambda work: make_unet(), decoder.build, 7500, (64, 512), 1e-3, BEFORE_UNETS),
-    "inpainting": Stage(lambda work: make_unet(inpainting=True), decoder.build, 7500, (64, 512), 1e-3, BEFORE_UNETS),
+    "prior": Stage(lambda work: make_prior(), prior.build, 2000, (128, 1024), 1e-3, ("clip",), until=0.6),
+    "decoder": Stage(lambda work: make_unet(), decoder.build, 5000, (64, 512), 1e-3, BEFORE_UNETS),
+    "inpainting": Stage(lambda work: make_unet(inpainting=True), decoder.build, 5000, (64, 512), 1e-3, BEFORE_UNETS),
 }
 
 
