@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +45,8 @@ class KeyValue:
 
 class ContextCache:
     """What a model has computed of the conditions of one call. The first forward fills it, later ones read it.
+
+    With `fill=True` a forward does nothing else.
 
     A model takes it in the place of what it attends to, and asks it for the keys and values of each layer. It is
     neither list nor dict, and has no `to`: hooks that offload copy such, and a copy that gets filled is lost.
@@ -94,6 +96,19 @@ class KeyValueCache:
 def tokens_for(layer: Any, context: Any) -> Any:
     """What a layer attends to: `context`, or what a cache that stands for it has for this layer."""
     return context.of_layer(layer) if isinstance(context, ContextCache) else context
+
+
+def fill_cache(cache: ContextCache | None, layers: Iterable[Any]) -> None:
+    """Let a cache have the keys and values of all these layers, the last things that a model keeps there.
+
+    Raises:
+        ValueError: there is no cache.
+    """
+    if cache is None:
+        raise ValueError("`fill` is True, and there is no `cache`; accepted is a ContextCache.")
+    for layer in layers:
+        cache.of_layer(layer)
+    cache.filled = True
 
 
 def _flatten_key_value(both: KeyValue) -> tuple[list[Any], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -59,7 +60,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         """See [`Recorder.record`]."""
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
+            stream = _stream(torch.cuda.current_device())
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # libraries get their memory for this stream
@@ -73,12 +74,21 @@ class CudaRecorder:
         return graph.replay, output
 
 
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """All graphs of a device are recorded on one stream, for libraries hold memory for each there is."""
+    return torch.cuda.Stream(device)
+
+
 class GraphedForward(ModelHook):
     """Records the forward of a model for each kind of input, the second time it comes, and replays it from then on.
 
     The kind is structure, shapes, strides and dtypes of the arguments, and all that is no tensor. Without a recording
-    run calls that prepare others (they fill a cache, or project texts), that need gradients, autocast or another
-    device, and those of a model that trains, or has hooks or attention processors of others.
+    run calls that prepare others (such as projecting texts), that need gradients, autocast or another device, and
+    those of a model that trains, or has hooks or attention processors of others.
+
+    A cache that is not filled yet is filled before, so that the first step of a call is replayed like all others, and
+    nothing is left to need as much memory again beside the recordings.
 
     Recordings are dropped when weights have moved, or settings have changed, such as the scale of a LoRA. Whether they
     have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward.
@@ -101,6 +111,9 @@ class GraphedForward(ModelHook):
         leaves, structure = tree_flatten((args, kwargs))
         if not self._may_record(module, args, kwargs, leaves):
             return run(*args, **kwargs)
+        if not all(getattr(cache, "filled", True) for cache in _caches(args, kwargs)):
+            run(*args, **kwargs, fill=True)
+            leaves, structure = tree_flatten((args, kwargs))
         kind = self._kind_of(structure, leaves)
         if kind is None:
             return run(*args, **kwargs)
@@ -123,8 +136,6 @@ class GraphedForward(ModelHook):
         if any(kwargs.get(name) for name in _PREPARATIONS) or not all(map(self._is_recordable, leaves)):
             return False
         caches = list(_caches(args, kwargs))
-        if not all(getattr(cache, "filled", True) for cache in caches):
-            return False
         if not caches or self._cache() is not caches[0]:
             state = _state_of(module, self._recorder.device_type)
             if state is None or state != self._state:

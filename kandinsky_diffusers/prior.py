@@ -20,6 +20,7 @@ from .context_cache import KeyValueCache
 
 
 MASKED_SCORE = -10000.0  # added to the score of a token that is not attended to, as in the original
+MASK_ALIGNMENT = 16  # values in a row of a mask; with other numbers of them each attention on CUDA makes a padded copy
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class PriorPrefix:
 
     Args:
         caches: keys and values of the prefix, one per layer.
-        attention_mask: `[batch, 1, remaining tokens, all tokens]`, added to the scores.
+        attention_mask: `[batch, 1, remaining tokens, all tokens and padding]`, added to the scores.
     """
 
     caches: tuple[KeyValueCache, ...]
@@ -159,7 +160,7 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         mask = self._causal_mask(attention_mask, tokens.dtype)
         caches = tuple(KeyValueCache() for _ in self.transformer_blocks)
         self._transform(tokens + self._positions(tokens)[:, :length], mask[..., :length, :length], caches)
-        return PriorPrefix(caches, mask[..., length:, :].contiguous())
+        return PriorPrefix(caches, F.pad(mask[..., length:, :], (0, -mask.shape[-1] % MASK_ALIGNMENT)))
 
     def _predict(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor | float, prefix: PriorPrefix
@@ -173,9 +174,9 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
             tokens.append(self.prd_embedding.to(noisy.dtype).expand(batch, -1, -1))
         tokens = torch.cat(tokens, dim=1)
 
-        tokens = self._transform(
-            tokens + self._positions(tokens)[:, -tokens.shape[1] :], prefix.attention_mask, prefix.caches
-        )
+        positions = self._positions(tokens)
+        mask = prefix.attention_mask[..., : positions.shape[1]]
+        tokens = self._transform(tokens + positions[:, -tokens.shape[1] :], mask, prefix.caches)
         tokens = self.norm_out(tokens)
         return self.proj_to_clip_embeddings(tokens[:, 1:] if self.prd_embedding is None else tokens[:, -1])
 

@@ -17,7 +17,7 @@ from ..attention import (
     use_dispatched_attention,
 )
 from ..components import parts_of, view_as, what_fixes_forward
-from ..context_cache import ContextCache
+from ..context_cache import ContextCache, fill_cache
 from ..inputs import check_choice
 
 
@@ -101,6 +101,11 @@ class DenoiserMixin:
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         return self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
 
+    def _fill(self, cache: ContextCache | None, read: Callable[[], Read]) -> None:
+        """Let the cache have all that a forward would leave there."""
+        self._read_once(cache, read)
+        fill_cache(cache, cross_attentions(self).values())
+
     def _read_once(self, cache: ContextCache | None, read: Callable[[], Read]) -> tuple[torch.Tensor, Any, Any]:
         """What `read` returns, or what the cache has kept of it; the cache then is in the place of the context."""
         if cache is None:
@@ -125,6 +130,21 @@ class DenoiserMixin:
                 f"`sample` is {sample.shape[-2]} latents high and {sample.shape[-1]} wide; accepted are multiples of "
                 f"{multiple}."
             )
+
+
+def cross_attentions(model: Any) -> dict[str, Any]:
+    """The [`Attention`] layers that attend to the text, by their paths; without self-attention and the pooling.
+
+    Args:
+        model: UNet, or ControlNet, which has no way up.
+    """
+    return {
+        f"{side}.{level}.attentions.{index}.attention": layer.attention
+        for side in ("down_blocks", "up_blocks")
+        for level, block in enumerate(getattr(model, side, ()))
+        for index, layer in enumerate(block.attentions)
+        if index > 0 and block.context_dim is not None
+    }
 
 
 def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, as_original: bool) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from kandinsky_diffusers import (
     KandinskyV20Pipeline,
     KandinskyV20UNet,
 )
-from tests.support.counting import calls_of, rows_of
+from tests.support.counting import calls_of, filled_ahead, rows_of
 from tests.support.shallow import shallow
 
 
@@ -132,6 +132,9 @@ def test_conditions_are_read_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) ->
     with calls_of(pipe.unet, *names) as calls:
         drawn = draw(pipe)
     assert calls == {name: {1} for name in names}
+    with filled_ahead(pipe.unet) as caches:
+        assert np.array_equal(draw(pipe), drawn)
+    assert len(caches) == 1
     monkeypatch.setattr(KandinskyV20UNet, "supports_context_cache", False)
     assert np.array_equal(draw(pipe), drawn)
 

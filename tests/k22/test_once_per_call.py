@@ -28,7 +28,7 @@ from kandinsky_diffusers import (
 )
 from kandinsky_diffusers.attention import ContextCache
 from tests.k22.conftest import seeded
-from tests.support.counting import calls_of, rows_of
+from tests.support.counting import calls_of, filled_ahead, rows_of
 from tests.support.far_device import moved_far, waits_in_the_loop
 from tests.support.parity import MODULE, assert_close
 
@@ -83,6 +83,9 @@ def test_conditions_are_read_once(make: Any, draw: Any, without_cache: Any, cls:
     with calls_of(pipe.unet, "to_k", "to_q", *READ_ONCE, *more) as calls:
         latents = draw(pipe)
     assert calls == {"to_k": {STEPS}, "to_q": {STEPS}} | each_one(1) | {name: {1} for name in more}
+    with filled_ahead(pipe.unet) as caches:
+        assert torch.equal(draw(pipe), latents)
+    assert len(caches) == 1
     with calls_of(pipe.unet, *READ_ONCE) as calls:
         assert torch.equal(without_cache(lambda: draw(pipe)), latents)
     assert calls == each_one(STEPS)
@@ -252,6 +255,11 @@ def test_a_cache_is_a_tree_of_its_tensors(pipe: Any) -> None:
     assert pytree.tree_flatten(again)[1] == tree
     added = {"image_embeds": torch.zeros(2, 32), "cache": again}
     assert torch.equal(pipe.unet(*arguments, added_cond_kwargs=added).sample, expected)
+
+
+def test_there_must_be_a_cache_to_fill(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="there is no `cache`"):
+        pipe.unet(torch.ones(2, 4, 8, 8), 9, None, added_cond_kwargs={"image_embeds": torch.ones(2, 32)}, fill=True)
 
 
 # ----------------------------------------------------------------------------------------------- halves, and waiting
