@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin, PriorTransformer, VQModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import unwrap_module
+from diffusers.utils.torch_utils import empty_device_cache, unwrap_module
 from torch.utils._triton import has_triton
 
 from .attention import (
@@ -161,20 +161,20 @@ def _set_strides(strides: list[tuple[torch.nn.Parameter, tuple[int, ...]]]) -> N
 
 
 def _enable_fusing(model: Any, settings: Mapping[str, Any]) -> Undo:
-    layers = _fusable_layers(model)
+    """Fuse by way of the host, so that the device never holds weights twice, nor fragments of what it held before."""
+    device, layers = model.device, _fusable_layers(model)
     for layer in layers:
-        _fuse(layer)
+        layer.to("cpu")
+    empty_device_cache(device.type)
+    for layer in layers:
+        with torch.random.fork_rng([]):  # it draws weights, and then copies others
+            layer.fuse_projections()
+        _share(layer.to(device))
     return partial(_unfuse, layers)
 
 
-def _fuse(layer: Attention) -> None:
-    """Let diffusers fuse the projections of a layer; the single ones become views of the result.
-
-    What it adds is no submodule, so that the state dict stays that of stock.
-    """
-    device = layer.to_q.weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # it draws weights, and then copies others
-        layer.fuse_projections()
+def _share(layer: Attention) -> None:
+    """The single projections become views of the fused one, which is no submodule: the state dict stays stock's."""
     name = _fused_name(layer)
     fused: Any = layer._modules.pop(name)
     vars(layer)[name] = fused

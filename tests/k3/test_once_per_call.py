@@ -162,13 +162,13 @@ def test_pictures_regions_and_control_are_read_once(full: Any, without_cache: An
     assert_close(without_cache(lambda: draw(full)), latents, SAMPLER)
 
 
-def test_caches_can_be_filled_ahead(full: Any) -> None:
+def test_caches_can_be_filled_ahead(full: Any, unets: dict[str, Any]) -> None:
     latents = draw(full)
     with filled_ahead(full.unet, full.controlnet) as caches:
         assert torch.equal(draw(full), latents)
     assert len(caches) == 2
     with pytest.raises(ValueError, match="there is no `cache`"):
-        full.unet(torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 1, WIDTH), fill=True)
+        unets["stock"](torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 1, WIDTH), fill=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ changed
