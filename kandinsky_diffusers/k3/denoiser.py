@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3AttentionBlock as StockKandinsky3AttentionBlock
 
 from ..attention import (
@@ -40,6 +41,18 @@ class Kandinsky3AttentionBlock(StockKandinsky3AttentionBlock):
         return super().__call__(x, time_embed, tokens_for(self.attention, context), *masks, **named_masks)
 
 
+class InPlaceSiLU(torch.nn.SiLU):
+    """[`torch.nn.SiLU`] that overwrites its input unless gradients are needed.
+
+    Between the two convolutions after an attention a picture has four times its channels; that it is there twice would
+    be the most memory that a step needs.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input * sigmoid(input)`."""
+        return F.silu(input, inplace=not torch.is_grad_enabled())
+
+
 class DenoiserMixin:
     """Mixed in before a model with `time_proj`, `time_embedding`, `add_time_condition` and `down_blocks`."""
 
@@ -55,9 +68,9 @@ class DenoiserMixin:
         """Processors that run on the chosen backend, and blocks that a cache can be given to."""
         model: Any = self
         use_dispatched_attention(model)
-        for parent, name, block in parts_of(model, StockKandinsky3AttentionBlock):
-            if what_fixes_forward(block, Kandinsky3AttentionBlock) is None:
-                setattr(parent, name, view_as(block, Kandinsky3AttentionBlock))
+        _replace_parts(model, StockKandinsky3AttentionBlock, Kandinsky3AttentionBlock)
+        for _, _, block in parts_of(model, Kandinsky3AttentionBlock):
+            _replace_parts(block.feed_forward, torch.nn.SiLU, InPlaceSiLU)
 
     @property
     def supports_context_cache(self) -> bool:
@@ -159,6 +172,12 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, as_original: bo
         return ((1 - mask.to(dtype)) * STOCK_MASKED_SCORE).unsqueeze(1)
     lowest = torch.finfo(dtype).min
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest).unsqueeze(1)
+
+
+def _replace_parts(model: torch.nn.Module, stock: type[torch.nn.Module], better: type[torch.nn.Module]) -> None:
+    for parent, name, part in parts_of(model, stock):
+        if what_fixes_forward(part, better) is None:
+            setattr(parent, name, view_as(part, better))
 
 
 def _mean_of_first(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
