@@ -91,7 +91,8 @@ class GraphedForward(ModelHook):
     nothing is left to need as much memory again beside the recordings.
 
     Recordings are dropped when weights have moved, or settings have changed, such as the scale of a LoRA. Whether they
-    have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward.
+    have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward; a
+    cache that a forward returns, such as the prefix of a prior, is not looked at again.
 
     Args:
         recorder: does the recording; models of one pipeline share it.
@@ -127,7 +128,10 @@ class GraphedForward(ModelHook):
                     f"`{type(module).__name__}` cannot be recorded as a CUDA graph, and runs without: {error}"
                 )
                 return run(*args, **kwargs)
-        return kind.recording.replay(leaves)
+        output = kind.recording.replay(leaves)
+        for cache in _caches((output,), {}):
+            self._cache = weakref.ref(cache)
+        return output
 
     def _may_record(self, module: torch.nn.Module, args: Any, kwargs: Any, leaves: list[Any]) -> bool:
         autocast = torch.is_autocast_enabled(self._recorder.device_type)
@@ -238,17 +242,17 @@ def _caches(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
 def _state_of(model: torch.nn.Module, device_type: str) -> list[Any] | None:
     """What recordings depend on besides inputs: addresses of weights and settings; None where they cannot be made."""
     state: list[Any] = []
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.device.type != device_type:
-            return None
-        state.append(tensor.data_ptr())
     for module in model.modules():
-        if foreign_hooks(module):
+        own = vars(module)  # `getattr` searches long for what is not there, and each call waits for this
+        own_tensors = chain(own["_parameters"].values(), own["_buffers"].values())
+        tensors = [tensor for tensor in own_tensors if tensor is not None]
+        if foreign_hooks(module) or any(tensor.device.type != device_type for tensor in tensors):
             return None
-        attending = (getattr(module, name, None) for name in ("processor", "text"))  # the latter of an IP-Adapter
+        state += [tensor.data_ptr() for tensor in tensors]
+        attending = (own.get(name, own["_modules"].get(name)) for name in ("processor", "text"))  # of an IP-Adapter
         processors = [processor for processor in attending if processor is not None]
         if not all(isinstance(processor, _PROCESSORS) for processor in processors):
             return None
-        for settings in map(vars, (module, *processors)):
+        for settings in (own, *map(vars, processors)):
             state += [(name, repr(settings[name])) for name in _SETTINGS if name in settings]
     return state

@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 Undo = Callable[[], None]
 
 _APPLIED = "_kandinsky_optimizations"  # attribute of a model: what takes each part back that is on, by its name
+PRIOR_COMPILES = True
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes in which torch.compile records CUDA graphs itself
 
 
@@ -208,8 +209,7 @@ def _why_not_fused(model: Any, settings: Mapping[str, Any]) -> str | None:
 
 
 def _is_worth_compiling(model: Any) -> bool:
-    # a step of the prior does little but read its weights: compiled it took as long on an H100
-    return has_blocks(model) and not isinstance(model, PriorTransformer)
+    return has_blocks(model) and (PRIOR_COMPILES or not isinstance(model, PriorTransformer))
 
 
 def _enable_compile(model: Any, settings: Mapping[str, Any]) -> Undo:

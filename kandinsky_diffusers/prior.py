@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .attention import DispatchedAttnProcessor, use_dispatched_attention
+from .compilation import is_compiled
 from .components import SavedAsStock
 from .context_cache import KeyValueCache
 
@@ -27,8 +28,11 @@ MASK_ALIGNMENT = 16  # values in a row of a mask; with other numbers of them eac
 class PriorPrefix:
     """What a prior keeps of the tokens that no step changes. Made by `prior(prefill=True, ...)`; not to be changed.
 
+    Each step writes the keys and values of its own tokens behind those of the prefix, see [`KeyValueCache`]. So steps
+    can share a prefix one after the other, and not from several threads at a time.
+
     Args:
-        caches: keys and values of the prefix, one per layer.
+        caches: keys and values of the prefix and of the last step, one per layer.
         attention_mask: `[batch, 1, remaining tokens, all tokens and padding]`, added to the scores.
     """
 
@@ -158,7 +162,7 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         length = tokens.shape[1]
 
         mask = self._causal_mask(attention_mask, tokens.dtype)
-        caches = tuple(KeyValueCache() for _ in self.transformer_blocks)
+        caches = tuple(KeyValueCache(room=mask.shape[-1] - length) for _ in self.transformer_blocks)
         self._transform(tokens + self._positions(tokens)[:, :length], mask[..., :length, :length], caches)
         return PriorPrefix(caches, F.pad(mask[..., length:, :], (0, -mask.shape[-1] % MASK_ALIGNMENT)))
 
@@ -197,7 +201,8 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         if self.norm_in is not None:
             tokens = self.norm_in(tokens)
         # through the block's forward and not its parts, since offload hooks sit there
-        with _fast_linear(tokens):
+        compiled = any(map(is_compiled, self.transformer_blocks))
+        with nullcontext() if compiled else _fast_linear(tokens):
             for block, cache in zip(self.transformer_blocks, caches, strict=True):
                 tokens = block(tokens, attention_mask=mask, cross_attention_kwargs={"cache": cache})
         return tokens

@@ -204,7 +204,7 @@ def test_what_is_left_out_is_said_once(pipe: Any, caplog: pytest.LogCaptureFixtu
     pipe.to("cpu")
     said = [record.message for record in caplog.records]
     assert sorted(said) == [
-        "`compile` is left out for `unet`, `movq`: on the CPU only a dict of options, such as"
+        "`compile` is left out for `unet`, `movq`, `prior_prior`: on the CPU only a dict of options, such as"
         " `compile={'backend': 'inductor'}`, compiles.",
         "`cuda_graph` is left out for `unet`, `movq`, `prior_prior`: CUDA graphs need weights on a CUDA device, and"
         " these are on 'cpu'.",
@@ -379,6 +379,39 @@ def test_blocks_compile_once_and_once_more_for_all_other_sizes() -> None:
     take_back([model])
     assert compiled(5, 5) == 2 * blocks
     assert all("_compiled_call_impl" not in vars(module) for module in model.modules())
+
+
+class Layer(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + 1
+
+
+class Layers(ModelMixin, ConfigMixin):
+    """Blocks of one kind for rows of any width."""
+
+    _repeated_blocks = ("Layer",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return tokens
+
+
+@torch.no_grad()
+def test_without_a_picture_the_batch_is_the_size() -> None:
+    model, compiler = Layers().eval(), Compiler()
+    Optimization({**NOTHING, "compile": {"backend": compiler}}).apply({"model": model})
+    counts = []
+    for batch in (4, 2, 3, 4):
+        for tokens in (7, 3):
+            assert torch.equal(model(torch.zeros(batch, tokens)), torch.full((batch, tokens), 3.0))
+        counts.append(compiler.compiled)
+    assert counts == [2, 3, 3, 3]
+    assert compiler.static == 2
 
 
 @torch.no_grad()
