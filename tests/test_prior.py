@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kandinsky_diffusers import cuda_graphs
 from kandinsky_diffusers.compilation import compile_blocks
 from kandinsky_diffusers.components import adopt
-from kandinsky_diffusers.prior import CachedPriorTransformer, PriorPrefix
+from kandinsky_diffusers.prior import CachedPriorTransformer, PriorPrefix, without_padding
 from tests.test_cuda_graphs import StandIn
 
 
@@ -174,6 +174,19 @@ def test_any_mask(mask: list[bool], stock: PriorTransformer, x: torch.Tensor, co
     conditions["attention_mask"] = torch.tensor([mask, [True] * 7, [True] * 3 + [False] * 4])
     expected = stock_predictions(stock, x, conditions)
     assert_same(cached_predictions(adopt(stock), x, conditions), expected)
+
+
+@pytest.mark.parametrize(
+    ("longest", "length"), [([False, False, True, False, True, False, False], 5), ([False] * 7, 0)]
+)
+def test_padding_of_all_texts_is_left_out_and_changes_nothing(
+    longest: list[bool], length: int, stock: PriorTransformer, x: torch.Tensor, conditions: dict[str, Any]
+) -> None:
+    conditions["attention_mask"] = torch.tensor([longest, [False] * 7, longest[:4] + [False] * 3])
+    expected = stock_predictions(stock, x, conditions)
+    cut = without_padding(conditions)
+    assert cut["attention_mask"].shape[1] == cut["encoder_hidden_states"].shape[1] == length
+    assert_same(cached_predictions(adopt(stock), x, cut), expected)
 
 
 def test_each_row_has_its_own_timestep(prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any) -> None:

@@ -257,6 +257,16 @@ def test_a_cache_is_a_tree_of_its_tensors(pipe: Any) -> None:
     assert torch.equal(pipe.unet(*arguments, added_cond_kwargs=added).sample, expected)
 
 
+def test_the_prior_computes_no_padding(make: Any) -> None:
+    pipe, rows = make(KandinskyV22PriorPipeline), []
+    block = pipe.prior.transformer_blocks[0]
+    hook = block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    pipe("a cat", num_inference_steps=STEPS)
+    hook.remove()
+    tokens = len(pipe.tokenizer("a cat").input_ids)
+    assert rows[: 1 + STEPS] == [tokens + 1] + [3] * STEPS  # with the embedding of the text; time, embedding and prd
+
+
 def test_there_must_be_a_cache_to_fill(pipe: Any) -> None:
     with pytest.raises(ValueError, match="there is no `cache`"):
         pipe.unet(torch.ones(2, 4, 8, 8), 9, None, added_cond_kwargs={"image_embeds": torch.ones(2, 32)}, fill=True)
