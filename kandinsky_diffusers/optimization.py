@@ -30,6 +30,7 @@ from .components import is_quantised
 from .cuda_graphs import CudaRecorder, Recorder, foreign_hooks, graph, ungraph
 from .fused_projections import FUSED_LAYERS
 from .inputs import check_choice
+from .packed_convolutions import has_packed_convolutions, pack, packable, unpack
 from .step_cache import skipped_layers
 
 
@@ -232,6 +233,21 @@ def _why_not_compiled(model: Any, settings: Mapping[str, Any]) -> str | None:
     return None if has_triton() else "torch.compile needs triton, which is not installed"
 
 
+def _enable_packing(model: Any, settings: Mapping[str, Any]) -> Undo:
+    pack(model)
+    return partial(unpack, model)
+
+
+def _why_not_packed(model: Any, settings: Mapping[str, Any]) -> str | None:
+    if not has_packed_convolutions():
+        return "this PyTorch has no oneDNN, or not its operators for packed weights"
+    if _is_compiled(model):
+        return "compiled"
+    if _layers_are_offloaded(model):
+        return "layers are offloaded"
+    return "weights are quantized" if is_quantised(model) else None
+
+
 def _enable_graph(model: Any, settings: Mapping[str, Any]) -> Undo:
     for called in _called(model):
         graph(called, settings["recorder"])
@@ -281,6 +297,12 @@ PARTS = (
         enable=_enable_fusing,
     ),
     Part("compile", applies=_is_worth_compiling, why_not=_why_not_compiled, enable=_enable_compile),
+    Part(
+        "packed_weights",
+        applies=lambda model: bool(packable(model)),
+        why_not=_why_not_packed,
+        enable=_enable_packing,
+    ),
     Part("cuda_graph", applies=has_blocks, why_not=_why_no_graph, enable=_enable_graph),
 )
 
@@ -328,7 +350,7 @@ def _layers_are_offloaded(model: torch.nn.Module) -> bool:
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    for name in ("channels_last", "fuse_projections", "cuda_graph"):
+    for name in ("channels_last", "fuse_projections", "packed_weights", "cuda_graph"):
         if not isinstance(settings[name], bool):
             raise TypeError(f"`{name}` is {settings[name]!r}; accepted is True or False.")
     options = settings["compile"]

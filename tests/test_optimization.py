@@ -25,6 +25,7 @@ NOTHING = {
     "channels_last": False,
     "fuse_projections": False,
     "compile": False,
+    "packed_weights": False,
     "cuda_graph": False,
     "attention_backend": None,
 }
@@ -63,6 +64,7 @@ def everything(pipe: Any) -> dict[str, Any]:
     modules = {f"{name}.{path}": module for name, model in models.items() for path, module in model.named_modules()}
     return {
         "shown": {name: repr(model) for name, model in models.items()},
+        "classes": {name: type(module) for name, module in modules.items()},
         "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
         "fused": {name: getattr(module, "fused_projections", None) for name, module in modules.items()},
         "weights": {
@@ -216,6 +218,7 @@ def test_what_is_left_out_is_said_once(pipe: Any, caplog: pytest.LogCaptureFixtu
     [
         ({"enabled": None}, "`enabled` is None; accepted is True or False"),
         ({"channels_last": "yes"}, "`channels_last` is 'yes'"),
+        ({"packed_weights": None}, "`packed_weights` is None; accepted is True or False"),
         ({"compile": "max-autotune"}, "`compile` is 'max-autotune'; accepted is True, False or a dict"),
         ({"compile": {"speed": "high"}}, "`compile` is 'speed'"),
         ({"attention_backend": "fastest"}, "`attention_backend` is 'fastest'"),
