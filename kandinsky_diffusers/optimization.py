@@ -39,7 +39,6 @@ logger = logging.get_logger(__name__)
 Undo = Callable[[], None]
 
 _APPLIED = "_kandinsky_optimizations"  # attribute of a model: what takes each part back that is on, by its name
-PRIOR_COMPILES = True
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes in which torch.compile records CUDA graphs itself
 
 
@@ -209,10 +208,6 @@ def _why_not_fused(model: Any, settings: Mapping[str, Any]) -> str | None:
     return _why_not_moved(model)
 
 
-def _is_worth_compiling(model: Any) -> bool:
-    return has_blocks(model) and (PRIOR_COMPILES or not isinstance(model, PriorTransformer))
-
-
 def _enable_compile(model: Any, settings: Mapping[str, Any]) -> Undo:
     options = settings["compile"] if isinstance(settings["compile"], Mapping) else {}
     blocks = compile_blocks(model, _called(model), options)
@@ -296,7 +291,7 @@ PARTS = (
         why_not=_why_not_fused,
         enable=_enable_fusing,
     ),
-    Part("compile", applies=_is_worth_compiling, why_not=_why_not_compiled, enable=_enable_compile),
+    Part("compile", applies=has_blocks, why_not=_why_not_compiled, enable=_enable_compile),
     Part(
         "packed_weights",
         applies=lambda model: bool(packable(model)),
