@@ -56,7 +56,7 @@ def shallow_3(tensors: Tensors) -> Tensors:
 
 
 def _unet_of_two_levels(recorded: Shapes) -> Shapes:
-    """Names and shapes of the original's UNet for which a recorded file would be."""
+    """Names and shapes of the original's UNet to which a file with these tensors would belong."""
 
     def width(attention: str, to: str) -> int:
         whole, adapter = f"{attention}.{to}.weight", f"{attention}.processor.{to}_lora.down.weight"
@@ -70,7 +70,8 @@ def _unet_of_two_levels(recorded: Shapes) -> Shapes:
         "groups": 1,
         "attention_head_dim": 1,
         "layers_per_block": 2,
-        "block_out_channels": (2 * first_level, 2 * first_level),  # half of it is that of an attention, too
+        # the last attention has half of it, and so is as wide as one of those recorded: heads and groups fit
+        "block_out_channels": (2 * first_level, 2 * first_level),
         "cross_attention_dim": width("feature_pooling.attention", "to_key"),
     }
     with torch.device("meta"):
@@ -81,9 +82,9 @@ def _unet_of_two_levels(recorded: Shapes) -> Shapes:
 
 
 def _controlnet(recorded: Shapes, unet: Shapes) -> Shapes:
-    """It has what the UNet has above the lowest level, one convolution for each of these, and the hint's."""
-    made = {name: shape for name, shape in unet.items() if name in recorded or name.startswith("down_samples.0.")}
-    made = {name: shape for name, shape in made.items() if not name.startswith(("down_samples.1.", "up_samples."))}
+    """It has what the UNet has on the way down but the lowest level, a convolution for each level, and the hint's."""
+    missing = ("down_samples.1.", "up_samples.", "out_layer.")
+    made = {name: shape for name, shape in unet.items() if not name.startswith(missing)}
     first, level = unet["in_layer.bias"][0], unet["down_samples.1.self_attention_block.attention.to_query.weight"][0]
     hint = {name: (first, *recorded[name][1:]) for name in recorded if name.startswith("input_hint_block.out.")}
     return made | hint | {"convs.0.weight": (level, level, 1, 1), "convs.0.bias": (level,)}
@@ -91,15 +92,16 @@ def _controlnet(recorded: Shapes, unet: Shapes) -> Shapes:
 
 def _adapters(recorded: Shapes, unet: Shapes) -> Shapes:
     """IP-Adapters are in every cross-attention of the blocks, LoRAs in every attention."""
-    kinds = {match[1]: (match, recorded[name]) for name in recorded if (match := ADAPTER.fullmatch(name))}
+    parts = {match[1]: (match, recorded[name]) for name in recorded if (match := ADAPTER.fullmatch(name))}
     attentions = [name.removesuffix(".to_query.weight") for name in unet if name.endswith(".to_query.weight")]
     made: Shapes = {}
-    for attention, (tensor, (match, shape)) in itertools.product(attentions, kinds.items()):
+    for attention, (part, (match, shape)) in itertools.product(attentions, parts.items()):
         outputs, inputs = unet[f"{attention}.{ADAPTED[match['to']]}.weight"]
-        if match["kind"] != "ip":
-            made[f"{attention}.processor.{tensor}"] = (
-                (outputs, shape[1]) if match["kind"] == "lora.up" else (shape[0], inputs)
-            )
-        elif "resnet_attn_blocks" in attention:
-            made[f"{attention}.processor.{tensor}"] = (outputs, inputs)[: len(shape)]
+        shapes = {
+            "ip": (outputs, inputs)[: len(shape)],
+            "lora.down": (shape[0], inputs),
+            "lora.up": (outputs, shape[-1]),
+        }
+        if match["kind"] != "ip" or "resnet_attn_blocks" in attention:
+            made[f"{attention}.processor.{part}"] = shapes[match["kind"]]
     return made
