@@ -97,8 +97,7 @@ class Workload:
         comparable: whether all of them compute the same.
         note: what a reader of the figures has to know.
         fewest_steps: that the sampler can make.
-        own_weights: bytes of the weights that the optimized candidate has for itself, which are not counted as memory
-            that it takes.
+        copied: the models that the optimized candidate has copies of, which are not counted as memory that it takes.
     """
 
     ways: Mapping[str, Callable[[], Run]]
@@ -106,7 +105,7 @@ class Workload:
     comparable: bool = True
     note: str = ""
     fewest_steps: int = 1
-    own_weights: int = 0
+    copied: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from kandinsky_diffusers.schedulers import Kandinsky3AncestralScheduler, Kandins
 
 from .cases import COMPILED, OPTIMIZED, OURS, STOCK, Case, Outcome, Run, Workload
 from .measure import StepClock
-from .models import own_copy, twin, weight_bytes
+from .models import own_copy, twin
 
 
 TEXT_TOKENS = 77  # of 2.1's text encoder
@@ -257,4 +257,4 @@ def assemble(
         OPTIMIZED: partial(ours, optimize=True),
     }
     note = f"{NO_TEXT_ENCODER} {parts.note}".strip()
-    return Workload(ways, comparable=parts.comparable, note=note, own_weights=weight_bytes(unet, movq))
+    return Workload(ways, comparable=parts.comparable, note=note, copied=[unet, movq])

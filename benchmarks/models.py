@@ -126,8 +126,3 @@ def twin(model: Any) -> Any:
 def own_copy(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Another model with the same numbers, in `dtype` if one is given."""
     return copy.deepcopy(model).to(dtype or model.dtype)
-
-
-def weight_bytes(*models: Any) -> int:
-    """How much memory their parameters take."""
-    return sum(tensor.nbytes for model in models for tensor in model.parameters())

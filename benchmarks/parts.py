@@ -19,7 +19,7 @@ from kandinsky_diffusers.superres.windows import Windows
 
 from .cases import COMPILED, OPTIMIZED, OURS, STOCK, Case, Outcome, Run, Workload
 from .drawing import NO_TEXT_ENCODER, ddpm_22, optimized
-from .models import own_copy, twin, weight_bytes
+from .models import own_copy, twin
 
 
 TILED = "ours tiled"
@@ -112,7 +112,7 @@ def prior_workload(case: Case) -> Workload:
         OPTIMIZED: partial(make, OursPrior, optimize=True),
     }
     note = f"With guidance. {NO_TEXT_ENCODER}"
-    return Workload(ways, note=note, fewest_steps=2, own_weights=weight_bytes(prior))
+    return Workload(ways, note=note, fewest_steps=2, copied=[prior])
 
 
 # ------------------------------------------------------------------------------------------------ MoVQ
@@ -143,7 +143,7 @@ def movq_workload(case: Case, name: str) -> Workload:
         OPTIMIZED: partial(ours, optimize=True),
     }
     note = "Tiles of 1024 pixels, as by default; up to this size tiled is whole."
-    return Workload(ways, note=note, own_weights=weight_bytes(movq))
+    return Workload(ways, note=note, copied=[movq])
 
 
 def _no_steps(decode: Callable[[], torch.Tensor]) -> Run:
@@ -167,7 +167,7 @@ def _superres(case: Case, prepare: Callable[[Any], Run]) -> Workload:
 
     ways = {EXACT: partial(make, exact=True), OURS: make, OPTIMIZED: partial(make, optimize=True)}
     note = "Stock has none: ours against itself without savings."
-    return Workload(ways, reference=EXACT, note=note, own_weights=weight_bytes(unet))
+    return Workload(ways, reference=EXACT, note=note, copied=[unet])
 
 
 def superres_window(case: Case) -> Workload:

@@ -15,7 +15,7 @@ from kandinsky_diffusers.measuring import flops, peak_bytes
 
 from .cases import COMPILED, OPTIMIZED, OURS, STOCK, Case, Run, Subject, Workload
 from .measure import PEAK_SIDES, free_memory, held_memory, largest_difference, matmul_peak, peak_memory, summary, timed
-from .models import build
+from .models import build, own_copy
 from .store import Row, rows_of
 
 
@@ -109,9 +109,9 @@ def _guarded(row: Row, work: Callable[[], Any]) -> None:
 
 def _prepare(name: str, workload: Workload, case: Case, steps: int | None, memory: bool) -> Measured:
     """Make a candidate ready, and measure what is not time, with as few steps as tell all."""
+    copies = [own_copy(model) for model in workload.copied if name == OPTIMIZED]
     before = held_memory(case.device)
-    if name == OPTIMIZED:
-        before = {kind: held + workload.own_weights for kind, held in before.items()}
+    del copies
     measured = Measured(workload.ways[name]())
     few = None if steps is None else min(steps, workload.fewest_steps + 1)
     run = partial(measured.run, few)

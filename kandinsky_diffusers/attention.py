@@ -29,6 +29,8 @@ MASKING_BACKENDS = (
     AttentionBackendName._NATIVE_MATH,
 )
 
+_Projected = torch.Tensor | list[torch.Tensor]  # `[layers, batch, tokens, heads, width of a head]`
+
 
 class DispatchedAttnProcessor(AttnProcessor2_0):
     """[`AttnProcessor2_0`] with a choice of backend, and with room for cached keys and values.
@@ -69,14 +71,12 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         if encoder_hidden_states is None:
-            query, key, value = _query_key_value(attn, hidden_states)
-            key = key if attn.norm_k is None else attn.norm_k(key)
+            query, both = _query_key_value(attn, hidden_states)
         else:
-            query, both = _split_heads(attn, attn.to_q(hidden_states)), _key_value(self, attn, encoder_hidden_states)
-            key, value = both.key, both.value
+            query, given = _split_heads(attn, attn.to_q(hidden_states)), _key_value(self, attn, encoder_hidden_states)
+            both = [given.key, given.value]
         query = query if attn.norm_q is None else attn.norm_q(query)
-        if cache is not None:
-            key, value = cache.join(key, value)
+        key, value = both if cache is None else cache.join(both)
 
         if attention_mask is not None and attention_mask.ndim != 4:
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], len(key))
@@ -87,7 +87,7 @@ class DispatchedAttnProcessor(AttnProcessor2_0):
             output = output.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
             output = output + residual
-        return output / attn.rescale_output_factor
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
     def project(self, attn: Attention, tokens: torch.Tensor) -> KeyValue:
         """Keys and values of `tokens` `[batch, tokens, width]` other than the layer's own."""
@@ -363,21 +363,22 @@ def _normed_context(attn: Attention, tokens: torch.Tensor) -> torch.Tensor:
     return attn.norm_encoder_hidden_states(tokens) if attn.norm_cross else tokens
 
 
-def _query_key_value(attn: Attention, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Of the same tokens."""
+def _query_key_value(attn: Attention, tokens: torch.Tensor) -> tuple[torch.Tensor, _Projected]:
+    """Queries, and keys and values, of the same tokens."""
     if attn.is_cross_attention:  # diffusers does not fuse the queries of such then
-        return [_split_heads(attn, attn.to_q(tokens)), *_projected(attn, "to_kv", tokens)]
-    return _projected(attn, "to_qkv", tokens)
+        query, both = _split_heads(attn, attn.to_q(tokens)), _projected(attn, "to_kv", tokens)
+    else:
+        projected = _projected(attn, "to_qkv", tokens)
+        query, both = projected[0], projected[1:]
+    return query, both if attn.norm_k is None else [attn.norm_k(both[0]), both[1]]
 
 
-def _projected(attn: Attention, name: str, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """What the layers `FUSED_LAYERS[name]` make of tokens, in one product where they are fused."""
+def _projected(attn: Attention, name: str, tokens: torch.Tensor) -> _Projected:
+    """What the layers `FUSED_LAYERS[name]` make of tokens, in one product and one tensor where they are fused."""
     layers, fused = FUSED_LAYERS[name], fused_layer(attn, name)
     if fused is None:
-        rows = [getattr(attn, layer)(tokens) for layer in layers]
-    else:
-        rows = fused(tokens).chunk(len(layers), dim=-1)
-    return [_split_heads(attn, part) for part in rows]
+        return [_split_heads(attn, getattr(attn, layer)(tokens)) for layer in layers]
+    return fused(tokens).unflatten(-1, (len(layers), attn.heads, -1)).movedim(2, 0)
 
 
 def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:

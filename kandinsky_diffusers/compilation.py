@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,27 +23,31 @@ class CompiledBlocks(ModelHook):
 
     All blocks of one kind share their code, and torch.compile would give up after eight widths. Nor may it take one
     width after the other for one that varies: at the first size of the picture (the only tensor with four dimensions
-    among the arguments) all blocks are compiled for just this one, at the second for any.
+    among the arguments) all blocks are compiled for just this one, at the second for any. Where there is no picture,
+    as in the prior, the size of the batch takes its place.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._size: torch.Size | None = None
+        self._first_sizes: dict[int, torch.Size] = {}  # by their number of dimensions
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward of `module`, as [`HookRegistry`] calls it."""
-        tensors = (value for value in chain(args, kwargs.values()) if isinstance(value, torch.Tensor))
-        size = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
-        self._size = self._size or size
+        size = _size_of([value for value in chain(args, kwargs.values()) if isinstance(value, torch.Tensor)])
         settings = {
             "recompile_limit": VARIANTS,
             "accumulated_recompile_limit": VARIANTS * 4,
             "automatic_dynamic_shapes": False,
-            "assume_static_by_default": size == self._size,
+            "assume_static_by_default": size == self._first_sizes.setdefault(len(size), size),
         }
         # sizes that happen to be equal are not taken for the same
         with torch._dynamo.config.patch(settings), shape_config.patch(use_duck_shape=False):
             return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def _size_of(tensors: Sequence[torch.Tensor]) -> torch.Size:
+    picture = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
+    return picture or next((tensor.shape[:1] for tensor in tensors), torch.Size())
 
 
 def is_compiled(module: Any) -> bool:

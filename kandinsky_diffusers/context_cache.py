@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 
@@ -46,6 +47,8 @@ class KeyValue:
 class ContextCache:
     """What a model has computed of the conditions of one call. The first forward fills it, later ones read it.
 
+    With `fill=True` a forward does nothing else.
+
     A model takes it in the place of what it attends to, and asks it for the keys and values of each layer. It is
     neither list nor dict, and has no `to`: hooks that offload copy such, and a copy that gets filled is lost.
     """
@@ -74,26 +77,51 @@ class ContextCache:
 class KeyValueCache:
     """Keys and values of the first tokens of a sequence, for one attention layer.
 
-    The first call of the layer fills it; every later call attends to what it holds and then to its own tokens.
+    The first call of the layer fills it; every later call attends to what it holds and then to its own tokens. It
+    writes these behind the first ones, where the next call overwrites them, since to concatenate would copy all.
     It is neither list nor dict on purpose: offload hooks copy those, and a copy that gets filled is lost.
+
+    Args:
+        room: how many tokens each later call has.
     """
 
-    def __init__(self) -> None:
-        self._key: torch.Tensor | None = None
-        self._value: torch.Tensor | None = None
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._held: torch.Tensor | None = None
 
-    def join(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values to attend to, given those of this call's tokens, both `[batch, tokens, heads, width]`."""
-        if self._key is None or self._value is None:
-            # parts of a fused projection would keep the whole of it alive
-            self._key, self._value = key.contiguous(), value.contiguous()
-            return self._key, self._value
-        return torch.cat([self._key, key], dim=1), torch.cat([self._value, value], dim=1)
+    def join(self, both: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """Keys and values to attend to, given those of this call's tokens, both `[2, batch, tokens, heads, width]`.
+
+        What is returned is valid until the next call.
+        """
+        new = both if isinstance(both, torch.Tensor) else torch.stack(tuple(both))
+        if self._held is None:
+            with torch.inference_mode(False):  # else nothing could be written into it outside of that mode
+                self._held = F.pad(new, (0, 0, 0, 0, 0, self._room))
+            return new
+        first = self._held.shape[2] - self._room
+        if torch.is_grad_enabled():  # autograd may need what the next call would overwrite
+            return torch.cat([self._held[:, :, :first], new], dim=2)
+        self._held[:, :, first:] = new
+        return self._held
 
 
 def tokens_for(layer: Any, context: Any) -> Any:
     """What a layer attends to: `context`, or what a cache that stands for it has for this layer."""
     return context.of_layer(layer) if isinstance(context, ContextCache) else context
+
+
+def fill_cache(cache: ContextCache | None, layers: Iterable[Any]) -> None:
+    """Let a cache have the keys and values of all these layers, the last things that a model keeps there.
+
+    Raises:
+        ValueError: there is no cache.
+    """
+    if cache is None:
+        raise ValueError("`fill` is True, and there is no `cache`; accepted is a ContextCache.")
+    for layer in layers:
+        cache.of_layer(layer)
+    cache.filled = True
 
 
 def _flatten_key_value(both: KeyValue) -> tuple[list[Any], None]:
@@ -104,13 +132,13 @@ def _unflatten_key_value(parts: Any, _: None) -> KeyValue:
     return KeyValue(*parts)
 
 
-def _flatten_keys(cache: KeyValueCache) -> tuple[list[Any], None]:
-    return [cache._key, cache._value], None
+def _flatten_keys(cache: KeyValueCache) -> tuple[list[Any], int]:
+    return [cache._held], cache._room
 
 
-def _unflatten_keys(parts: Any, _: None) -> KeyValueCache:
-    cache = KeyValueCache()
-    cache._key, cache._value = parts
+def _unflatten_keys(parts: Any, room: int) -> KeyValueCache:
+    cache = KeyValueCache(room)
+    (cache._held,) = parts
     return cache
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -59,7 +60,7 @@ class CudaRecorder:
     def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         """See [`Recorder.record`]."""
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
+            stream = _stream(torch.cuda.current_device())
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # libraries get their memory for this stream
@@ -73,15 +74,25 @@ class CudaRecorder:
         return graph.replay, output
 
 
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """All graphs of a device are recorded on one stream, for libraries hold memory for each there is."""
+    return torch.cuda.Stream(device)
+
+
 class GraphedForward(ModelHook):
     """Records the forward of a model for each kind of input, the second time it comes, and replays it from then on.
 
     The kind is structure, shapes, strides and dtypes of the arguments, and all that is no tensor. Without a recording
-    run calls that prepare others (they fill a cache, or project texts), that need gradients, autocast or another
-    device, and those of a model that trains, or has hooks or attention processors of others.
+    run calls that prepare others (such as projecting texts), that need gradients, autocast or another device, and
+    those of a model that trains, or has hooks or attention processors of others.
+
+    A cache that is not filled yet is filled before, so that the first step of a call is replayed like all others, and
+    nothing is left to need as much memory again beside the recordings.
 
     Recordings are dropped when weights have moved, or settings have changed, such as the scale of a LoRA. Whether they
-    have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward.
+    have is looked at once for each cache, which belongs to one call of a pipeline, and without one at each forward; a
+    cache that a forward returns, such as the prefix of a prior, is not looked at again.
 
     Args:
         recorder: does the recording; models of one pipeline share it.
@@ -101,6 +112,9 @@ class GraphedForward(ModelHook):
         leaves, structure = tree_flatten((args, kwargs))
         if not self._may_record(module, args, kwargs, leaves):
             return run(*args, **kwargs)
+        if not all(getattr(cache, "filled", True) for cache in _caches(args, kwargs)):
+            run(*args, **kwargs, fill=True)
+            leaves, structure = tree_flatten((args, kwargs))
         kind = self._kind_of(structure, leaves)
         if kind is None:
             return run(*args, **kwargs)
@@ -114,7 +128,10 @@ class GraphedForward(ModelHook):
                     f"`{type(module).__name__}` cannot be recorded as a CUDA graph, and runs without: {error}"
                 )
                 return run(*args, **kwargs)
-        return kind.recording.replay(leaves)
+        output = kind.recording.replay(leaves)
+        for cache in _caches((output,), {}):
+            self._cache = weakref.ref(cache)
+        return output
 
     def _may_record(self, module: torch.nn.Module, args: Any, kwargs: Any, leaves: list[Any]) -> bool:
         autocast = torch.is_autocast_enabled(self._recorder.device_type)
@@ -123,8 +140,6 @@ class GraphedForward(ModelHook):
         if any(kwargs.get(name) for name in _PREPARATIONS) or not all(map(self._is_recordable, leaves)):
             return False
         caches = list(_caches(args, kwargs))
-        if not all(getattr(cache, "filled", True) for cache in caches):
-            return False
         if not caches or self._cache() is not caches[0]:
             state = _state_of(module, self._recorder.device_type)
             if state is None or state != self._state:
@@ -227,17 +242,17 @@ def _caches(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
 def _state_of(model: torch.nn.Module, device_type: str) -> list[Any] | None:
     """What recordings depend on besides inputs: addresses of weights and settings; None where they cannot be made."""
     state: list[Any] = []
-    for tensor in chain(model.parameters(), model.buffers()):
-        if tensor.device.type != device_type:
-            return None
-        state.append(tensor.data_ptr())
     for module in model.modules():
-        if foreign_hooks(module):
+        own = vars(module)  # `getattr` searches long for what is not there, and each call waits for this
+        own_tensors = chain(own["_parameters"].values(), own["_buffers"].values())
+        tensors = [tensor for tensor in own_tensors if tensor is not None]
+        if foreign_hooks(module) or any(tensor.device.type != device_type for tensor in tensors):
             return None
-        attending = (getattr(module, name, None) for name in ("processor", "text"))  # the latter of an IP-Adapter
+        state += [tensor.data_ptr() for tensor in tensors]
+        attending = (own.get(name, own["_modules"].get(name)) for name in ("processor", "text"))  # of an IP-Adapter
         processors = [processor for processor in attending if processor is not None]
         if not all(isinstance(processor, _PROCESSORS) for processor in processors):
             return None
-        for settings in map(vars, (module, *processors)):
+        for settings in (own, *map(vars, processors)):
             state += [(name, repr(settings[name])) for name in _SETTINGS if name in settings]
     return state

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
+
+from .packed_convolutions import has_packed_convolutions
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -50,6 +52,8 @@ def flops(function: Callable[[], Any]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten.mkldnn_linear: _linear_flops,
     }
+    if has_packed_convolutions():
+        missing[torch.ops.mkldnn._convolution_pointwise] = _convolution_flops
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         function()
     return counter.get_total_flops()
@@ -94,6 +98,11 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 def _linear_flops(rows: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """Likewise."""
     return 2 * math.prod(rows) * weight[0]
+
+
+def _convolution_flops(image: list[int], weight: list[int], *args: Any, out_shape: list[int], **kwargs: Any) -> int:
+    """Likewise."""
+    return conv_flop_count(image, weight, out_shape)
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

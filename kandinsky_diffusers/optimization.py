@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin, PriorTransformer, VQModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import unwrap_module
+from diffusers.utils.torch_utils import empty_device_cache, unwrap_module
 from torch.utils._triton import has_triton
 
 from .attention import (
@@ -30,6 +30,7 @@ from .components import is_quantised
 from .cuda_graphs import CudaRecorder, Recorder, foreign_hooks, graph, ungraph
 from .fused_projections import FUSED_LAYERS
 from .inputs import check_choice
+from .packed_convolutions import has_packed_convolutions, pack, packable, unpack
 from .step_cache import skipped_layers
 
 
@@ -161,20 +162,20 @@ def _set_strides(strides: list[tuple[torch.nn.Parameter, tuple[int, ...]]]) -> N
 
 
 def _enable_fusing(model: Any, settings: Mapping[str, Any]) -> Undo:
-    layers = _fusable_layers(model)
+    """Fuse by way of the host, so that the device never holds weights twice, nor fragments of what it held before."""
+    device, layers = model.device, _fusable_layers(model)
     for layer in layers:
-        _fuse(layer)
+        layer.to("cpu")
+    empty_device_cache(device.type)
+    for layer in layers:
+        with torch.random.fork_rng([]):  # it draws weights, and then copies others
+            layer.fuse_projections()
+        _share(layer.to(device))
     return partial(_unfuse, layers)
 
 
-def _fuse(layer: Attention) -> None:
-    """Let diffusers fuse the projections of a layer; the single ones become views of the result.
-
-    What it adds is no submodule, so that the state dict stays that of stock.
-    """
-    device = layer.to_q.weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # it draws weights, and then copies others
-        layer.fuse_projections()
+def _share(layer: Attention) -> None:
+    """The single projections become views of the fused one, which is no submodule: the state dict stays stock's."""
     name = _fused_name(layer)
     fused: Any = layer._modules.pop(name)
     vars(layer)[name] = fused
@@ -207,11 +208,6 @@ def _why_not_fused(model: Any, settings: Mapping[str, Any]) -> str | None:
     return _why_not_moved(model)
 
 
-def _is_worth_compiling(model: Any) -> bool:
-    # a step of the prior does little but read its weights: compiled it took as long on an H100
-    return has_blocks(model) and not isinstance(model, PriorTransformer)
-
-
 def _enable_compile(model: Any, settings: Mapping[str, Any]) -> Undo:
     options = settings["compile"] if isinstance(settings["compile"], Mapping) else {}
     blocks = compile_blocks(model, _called(model), options)
@@ -230,6 +226,21 @@ def _why_not_compiled(model: Any, settings: Mapping[str, Any]) -> str | None:
     if model.device.type == "cpu":
         return "on the CPU only a dict of options, such as `compile={'backend': 'inductor'}`, compiles"
     return None if has_triton() else "torch.compile needs triton, which is not installed"
+
+
+def _enable_packing(model: Any, settings: Mapping[str, Any]) -> Undo:
+    pack(model)
+    return partial(unpack, model)
+
+
+def _why_not_packed(model: Any, settings: Mapping[str, Any]) -> str | None:
+    if not has_packed_convolutions():
+        return "this PyTorch has no oneDNN, or not its operators for packed weights"
+    if _is_compiled(model):
+        return "compiled"
+    if _layers_are_offloaded(model):
+        return "layers are offloaded"
+    return "weights are quantized" if is_quantised(model) else None
 
 
 def _enable_graph(model: Any, settings: Mapping[str, Any]) -> Undo:
@@ -280,7 +291,13 @@ PARTS = (
         why_not=_why_not_fused,
         enable=_enable_fusing,
     ),
-    Part("compile", applies=_is_worth_compiling, why_not=_why_not_compiled, enable=_enable_compile),
+    Part("compile", applies=has_blocks, why_not=_why_not_compiled, enable=_enable_compile),
+    Part(
+        "packed_weights",
+        applies=lambda model: bool(packable(model)),
+        why_not=_why_not_packed,
+        enable=_enable_packing,
+    ),
     Part("cuda_graph", applies=has_blocks, why_not=_why_no_graph, enable=_enable_graph),
 )
 
@@ -328,7 +345,7 @@ def _layers_are_offloaded(model: torch.nn.Module) -> bool:
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    for name in ("channels_last", "fuse_projections", "cuda_graph"):
+    for name in ("channels_last", "fuse_projections", "packed_weights", "cuda_graph"):
         if not isinstance(settings[name], bool):
             raise TypeError(f"`{name}` is {settings[name]!r}; accepted is True or False.")
     options = settings["compile"]

@@ -145,6 +145,7 @@ class KandinskyPipelineMixin(FittingMixin):
         channels_last: bool = True,
         fuse_projections: bool = True,
         compile: bool | Mapping[str, Any] = True,
+        packed_weights: bool = True,
         cuda_graph: bool = True,
         attention_backend: str | None = None,
     ) -> Self:
@@ -163,6 +164,10 @@ class KandinskyPipelineMixin(FittingMixin):
             compile: run torch.compile on the repeated blocks of each model (`_repeated_blocks`), with these options.
                 The first size of a picture is compiled for, and at the second any other. On the CPU only where
                 options are given.
+            packed_weights: on the CPU, keep beside the weights of convolutions copies in the layout in which oneDNN
+                computes, which else are made at each call. They are made when a layer first runs, and take as much
+                memory as these weights again, which [`fit`] does not count. Not where layers are compiled, offloaded
+                or quantized.
             cuda_graph: record the forward of each model as a CUDA graph, the second time that inputs of the same sizes
                 come, and replay it from then on; up to eight for a model. Not where weights are offloaded or
                 quantized. The graphs share memory, so do not run models of one pipeline in several threads at once.
@@ -178,6 +183,7 @@ class KandinskyPipelineMixin(FittingMixin):
             "channels_last": channels_last,
             "fuse_projections": fuse_projections,
             "compile": compile,
+            "packed_weights": packed_weights,
             "cuda_graph": cuda_graph,
             "attention_backend": attention_backend,
         }

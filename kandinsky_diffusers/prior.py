@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .attention import DispatchedAttnProcessor, use_dispatched_attention
+from .compilation import is_compiled
 from .components import SavedAsStock
 from .context_cache import KeyValueCache
 
@@ -26,8 +27,11 @@ MASKED_SCORE = -10000.0  # added to the score of a token that is not attended to
 class PriorPrefix:
     """What a prior keeps of the tokens that no step changes. Made by `prior(prefill=True, ...)`; not to be changed.
 
+    Each step writes the keys and values of its own tokens behind those of the prefix, see [`KeyValueCache`]. So steps
+    can share a prefix one after the other, and not from several threads at a time.
+
     Args:
-        caches: keys and values of the prefix, one per layer.
+        caches: keys and values of the prefix and of the last step, one per layer.
         attention_mask: `[batch, 1, remaining tokens, all tokens]`, added to the scores.
     """
 
@@ -98,8 +102,10 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
             hidden_states: `[batch, embedding_dim]`, the noisy image embedding. Not with `prefill`.
             timestep: a number, or `[batch]` of them. Not with `prefill`.
             proj_embedding: `[batch, embedding_dim]`, the text embedding. Not with `prefix`.
-            encoder_hidden_states: `[batch, num_embeddings, embedding_dim]`, the text states. Not with `prefix`.
-            attention_mask: `[batch, num_embeddings]`, true at the tokens of the text. Not with `prefix`.
+            encoder_hidden_states: `[batch, num_embeddings, embedding_dim]`, the text states; with `prefill` they may
+                be fewer, without what is padding in all texts. Not with `prefix`.
+            attention_mask: `[batch, num_embeddings]`, true at the tokens of the text, as many as there are states. Not
+                with `prefix`.
             return_dict: return a tuple if False.
             prefill: return the prefix of these conditions.
             prefix: the conditions, as `prefill` returned them.
@@ -142,10 +148,11 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         self, proj_embedding: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask: torch.Tensor
     ) -> PriorPrefix:
         mask, states, embedding = attention_mask.shape, encoder_hidden_states.shape, proj_embedding.shape
-        if mask[1:] != (self.config.num_embeddings,) or mask != states[:2] or mask[0] != embedding[0]:
+        most = self.config.num_embeddings
+        if len(mask) != 2 or mask[1] > most or mask != states[:2] or mask[0] != embedding[0]:
             raise ValueError(
                 f"`attention_mask` is {list(mask)}, `encoder_hidden_states` {list(states)} and `proj_embedding` "
-                f"{list(embedding)}; accepted are one batch and {self.config.num_embeddings} text tokens."
+                f"{list(embedding)}; accepted are one batch and at most {most} text tokens."
             )
         if self.embedding_proj_norm is not None:
             proj_embedding = self.embedding_proj_norm(proj_embedding)
@@ -155,10 +162,12 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
             text_states = self.encoder_hidden_states_proj(text_states)
         tokens = torch.cat([text_states, _as_token(text_embedding)], dim=1)
         length = tokens.shape[1]
+        positions = self._positions(tokens)
+        positions = torch.cat([positions[:, : length - 1], positions[:, most : most + 1]], dim=1)
 
         mask = self._causal_mask(attention_mask, tokens.dtype)
-        caches = tuple(KeyValueCache() for _ in self.transformer_blocks)
-        self._transform(tokens + self._positions(tokens)[:, :length], mask[..., :length, :length], caches)
+        caches = tuple(KeyValueCache(room=mask.shape[-1] - length) for _ in self.transformer_blocks)
+        self._transform(tokens + positions, mask[..., :length, :length], caches)
         return PriorPrefix(caches, mask[..., length:, :].contiguous())
 
     def _predict(
@@ -190,13 +199,15 @@ class CachedPriorTransformer(SavedAsStock, PriorTransformer):
         """`[batch, 1, tokens, tokens]`, in the two steps in which stock rounds it in half precision."""
         padding = (1 - attention_mask.to(dtype)) * MASKED_SCORE
         padding = F.pad(padding, (0, self.config.additional_embeddings))
-        return (padding[:, None, None, :] + self.causal_attention_mask).to(dtype)
+        length = padding.shape[1]
+        return (padding[:, None, None, :] + self.causal_attention_mask[:, :length, :length]).to(dtype)
 
     def _transform(self, tokens: torch.Tensor, mask: torch.Tensor, caches: tuple[KeyValueCache, ...]) -> torch.Tensor:
         if self.norm_in is not None:
             tokens = self.norm_in(tokens)
         # through the block's forward and not its parts, since offload hooks sit there
-        with _fast_linear(tokens):
+        compiled = any(map(is_compiled, self.transformer_blocks))
+        with nullcontext() if compiled else _fast_linear(tokens):
             for block, cache in zip(self.transformer_blocks, caches, strict=True):
                 tokens = block(tokens, attention_mask=mask, cross_attention_kwargs={"cache": cache})
         return tokens
@@ -252,3 +263,17 @@ def arguments_of(conditions: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         "encoder_hidden_states": conditions["text_encoder_hidden_states"],
         "attention_mask": conditions["text_mask"],
     }
+
+
+def without_padding(arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What [`arguments_of`] returns, for `prefill`, without what is padding in all texts: nothing attends to that.
+
+    On the CPU alone: a device would have to tell the host how long the texts are, and is not faster with fewer tokens.
+    """
+    mask = arguments["attention_mask"]
+    if mask.device.type != "cpu":
+        return arguments
+    used = mask.bool().any(dim=0).tolist()
+    length = len(used) - used[::-1].index(True) if any(used) else 0
+    cut = {name: arguments[name][:, :length] for name in ("encoder_hidden_states", "attention_mask")}
+    return {**arguments, **cut}

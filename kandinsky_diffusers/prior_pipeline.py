@@ -35,7 +35,7 @@ from .inputs import (
 from .lora import KandinskyLoraMixin
 from .options import Generators, PriorOptions, Prompts, accepts
 from .pipeline_base import KandinskyPipelineMixin
-from .prior import CachedPriorTransformer, PriorPrefix, arguments_of
+from .prior import CachedPriorTransformer, PriorPrefix, arguments_of, without_padding
 from .prior_call import PriorCall, as_scale, check_mixable, texts_of
 from .running import RunningCall, RunsCalls
 from .schedulers import KandinskyUnCLIPScheduler
@@ -295,8 +295,11 @@ class PriorPipeline(RunsCalls, KandinskyLoraMixin, KandinskyPipelineMixin, Diffu
         """What `predict_noise` may use instead of the conditions, None where there is no cache."""
         if self._exact_reference or not getattr(self.prior, "supports_prefix", False):
             return None
-        make = partial(self.prior, prefill=True, **arguments_of(conditions))
-        return running.once(self.prior, list(conditions.values()), make)
+
+        def prefill() -> PriorPrefix:
+            return self.prior(prefill=True, **without_padding(arguments_of(conditions)))
+
+        return running.once(self.prior, list(conditions.values()), prefill)
 
     def _combine(self, prediction: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         if len(prediction) == len(latents):

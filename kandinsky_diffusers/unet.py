@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from diffusers import UNet2DConditionModel as StockUNet2DConditionModel
 
-from .attention import ContextCache, keeps_context, use_dispatched_attention
+from .attention import attention_layers, keeps_context, use_dispatched_attention
 from .components import SavedAsStock, what_fixes_forward
+from .context_cache import ContextCache, fill_cache
 from .step_cache import CachesSteps
 
 
@@ -47,23 +48,43 @@ class UNet2DConditionModel(SavedAsStock, CachesSteps, StockUNet2DConditionModel)
         """Whether a cache can be used; it cannot with attention processors other than the default."""
         return keeps_context(self)
 
-    def forward(self, *args: Any, added_cond_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: Any,
+        *args: Any,
+        added_cond_kwargs: Any = None,
+        fill: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As in the stock class, with one thing more that `added_cond_kwargs` may have.
 
         Args:
-            args: as for the stock class.
+            sample: as for the stock class.
+            timestep: likewise.
+            encoder_hidden_states: likewise.
+            args: likewise.
             added_cond_kwargs: the conditions, and as `cache` a [`ContextCache`], if [`supports_context_cache`].
+            fill: fill the cache, and return None. Not where layers are offloaded.
             kwargs: as for the stock class.
+
+        Raises:
+            ValueError: with `fill` there is no cache.
         """
-        output = super().forward(*args, added_cond_kwargs=added_cond_kwargs, **kwargs)
         cache = _cache_in(added_cond_kwargs)
+        if fill:
+            self.get_aug_embed(None, encoder_hidden_states, added_cond_kwargs)
+            self.process_encoder_hidden_states(encoder_hidden_states, added_cond_kwargs)
+            return fill_cache(cache, attention_layers(self))
+        output = super().forward(
+            sample, timestep, encoder_hidden_states, *args, added_cond_kwargs=added_cond_kwargs, **kwargs
+        )
         if cache is not None:
             cache.filled = True
         return output
 
-    def get_aug_embed(
-        self, emb: torch.Tensor, encoder_hidden_states: torch.Tensor, added_cond_kwargs: dict[str, Any]
-    ) -> Any:
+    def get_aug_embed(self, emb: Any, encoder_hidden_states: Any, added_cond_kwargs: Any) -> Any:
         """What the conditions add to the time embedding, and what is made of a depth map; kept by the cache."""
         cache = _cache_in(added_cond_kwargs)
         make = partial(self._embed_conditions, emb, encoder_hidden_states, added_cond_kwargs)
@@ -78,7 +99,7 @@ class UNet2DConditionModel(SavedAsStock, CachesSteps, StockUNet2DConditionModel)
         return make() if cache is None else cache.in_place_of(cache.keep("context", make))
 
     def _embed_conditions(
-        self, emb: torch.Tensor, encoder_hidden_states: torch.Tensor, added_cond_kwargs: dict[str, Any]
+        self, emb: Any, encoder_hidden_states: torch.Tensor, added_cond_kwargs: dict[str, Any]
     ) -> Any:
         return super().get_aug_embed(emb, encoder_hidden_states, added_cond_kwargs)
 

@@ -29,10 +29,12 @@ from tests.support.fake_hub import FakeHub
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.processes import PythonProcess
 from tests.support.release import build_release
+from tests.support.shallow import shallow_3
 from tests.support.tiny_repos import write_tiny_repos
 
 
 Built = Callable[[str, Callable[[Path], Any]], Path]
+Recorded = Callable[[str], Path]
 
 
 def pytest_collection_finish() -> None:
@@ -43,6 +45,14 @@ def pytest_collection_finish() -> None:
 
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+FAMILIES_3 = {
+    "3.0": "kandinsky-3.0",
+    "3.1": "kandinsky-3.1",
+    "3-controlnet": "kandinsky-3-controlnet",
+    "3-ip-adapter": "kandinsky-3-ip-adapter",
+    "3-lora": "kandinsky-3-lora",
+    "superres": "kandisuperres",
+}
 UPSTREAM = ("torch", "diffusers", "transformers", "huggingface_hub", "accelerate", "safetensors", "peft")
 
 
@@ -226,28 +236,27 @@ def goldens_31() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_30(goldens_30: GoldenFamily, built: Built) -> Path:
+def release_30(built: Built) -> Path:
     """A tiny Kandinsky 3.0 release, and a whole T5 in its folder ``flan-ul2``. Read only."""
-    return built("kandinsky-3.0", lambda folder: build_release(goldens_30.path, folder))
+    return release_3(built, "3.0")
 
 
 @pytest.fixture(scope="session")
-def release_31(goldens_31: GoldenFamily, built: Built) -> Path:
+def release_31(built: Built) -> Path:
     """A tiny Kandinsky 3.1 release. Read only."""
-    return built("kandinsky-3.1", lambda folder: build_release(goldens_31.path, folder))
+    return release_3(built, "3.1")
 
 
 @pytest.fixture(scope="session")
-def converted_30(goldens_30: GoldenFamily, release_30: Path, built: Built) -> Path:
+def converted_30(built: Built) -> Path:
     """The folder with the converted repositories of `release_30`. Read only."""
-    config = goldens_30.path / "hyperparameters.json"
-    return converted(built, release_30, version="3.0", text_encoder=release_30 / "flan-ul2", original_config=config)
+    return converted_3(built, "3.0")
 
 
 @pytest.fixture(scope="session")
-def converted_31(goldens_31: GoldenFamily, release_31: Path, built: Built) -> Path:
+def converted_31(built: Built) -> Path:
     """The folder with the converted repositories of `release_31`. Read only."""
-    return converted(built, release_31, version="3.1", original_config=goldens_31.path / "hyperparameters.json")
+    return converted_3(built, "3.1")
 
 
 @pytest.fixture(scope="session")
@@ -257,28 +266,27 @@ def goldens_controlnet() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_controlnet(goldens_controlnet: GoldenFamily, built: Built) -> Path:
+def release_controlnet(built: Built) -> Path:
     """A tiny ControlNet for the tiny Kandinsky 3.1, with that one's UNet beside it. Read only."""
-    return built("kandinsky-3-controlnet", lambda folder: build_release(goldens_controlnet.path, folder))
+    return release_3(built, "3-controlnet")
 
 
 @pytest.fixture(scope="session")
-def converted_controlnet(release_controlnet: Path, built: Built) -> Path:
+def converted_controlnet(built: Built) -> Path:
     """The folder of the converted `release_controlnet`. Read only."""
-    return converted(built, release_controlnet, version="3-controlnet") / "kandinsky-3-controlnet-hed"
+    return converted_3(built, "3-controlnet") / "kandinsky-3-controlnet-hed"
 
 
 @pytest.fixture(scope="session")
 def release_ip_adapter(built: Built) -> Path:
     """A tiny IP-Adapter of 3.1 in the original's layout. Read only."""
-    goldens = golden_family("kandinsky-3-ip-adapter")
-    return built("kandinsky-3-ip-adapter", lambda folder: build_release(goldens.path, folder))
+    return release_3(built, "3-ip-adapter")
 
 
 @pytest.fixture(scope="session")
-def ip_adapter(release_ip_adapter: Path, built: Built) -> Path:
+def ip_adapter(built: Built) -> Path:
     """The converted repository of `release_ip_adapter`, a folder for `load_ip_adapter`. Read only."""
-    return converted(built, release_ip_adapter, version="3-ip-adapter") / "kandinsky-3-ip-adapter"
+    return converted_3(built, "3-ip-adapter") / "kandinsky-3-ip-adapter"
 
 
 @pytest.fixture(scope="session")
@@ -288,15 +296,15 @@ def goldens_lora() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_lora(goldens_lora: GoldenFamily, built: Built) -> Path:
+def release_lora(built: Built) -> Path:
     """A tiny LoRA as the fork's training saves it. Read only."""
-    return built("kandinsky-3-lora", lambda folder: build_release(goldens_lora.path, folder))
+    return release_3(built, "3-lora")
 
 
 @pytest.fixture(scope="session")
-def converted_lora(release_lora: Path, built: Built) -> Path:
+def converted_lora(built: Built) -> Path:
     """The folder with the converted repository of `release_lora`. Read only."""
-    return converted(built, release_lora, version="3-lora", verify=True)
+    return converted_3(built, "3-lora")
 
 
 @pytest.fixture(scope="session")
@@ -306,18 +314,15 @@ def goldens_superres() -> GoldenFamily:
 
 
 @pytest.fixture(scope="session")
-def release_superres(goldens_superres: GoldenFamily, built: Built) -> Path:
+def release_superres(built: Built) -> Path:
     """A tiny KandiSuperRes release. Read only."""
-    return built("kandisuperres", lambda folder: build_release(goldens_superres.path, folder))
+    return release_3(built, "superres")
 
 
 @pytest.fixture(scope="session")
-def converted_superres(
-    goldens_superres: GoldenFamily, goldens_31: GoldenFamily, release_superres: Path, release_31: Path, built: Built
-) -> Path:
+def converted_superres(built: Built) -> Path:
     """The folder with the converted repositories of `release_superres`, refined by `release_31`. Read only."""
-    config = {**goldens_31.hyperparameters, **goldens_superres.hyperparameters}
-    return converted(built, release_superres, version="superres", refiner=release_31, original_config=config)
+    return converted_3(built, "superres")
 
 
 @pytest.fixture(scope="session")
@@ -326,8 +331,39 @@ def tiny_repos(built: Built) -> Path:
     return built("tiny-repos", write_tiny_repos)
 
 
+@pytest.fixture(scope="session")
+def recorded(built: Built) -> Recorded:
+    """`recorded("3.1")`: as `converted_31`, in the sizes of the goldens, which parity needs. Read only."""
+    return lambda version: converted_3(built, version, shallow=False)
+
+
+def release_3(built: Built, version: str, *, shallow: bool = True) -> Path:
+    """A tiny release of Kandinsky 3 or of what belongs to it; most tests need no more layers than if `shallow`."""
+    family = golden_family(FAMILIES_3[version])
+    name, change = (f"{family.path.name}-shallow", shallow_3) if shallow else (family.path.name, None)
+    return built(name, lambda folder: build_release(family.path, folder, change))
+
+
+def converted_3(built: Built, version: str, *, shallow: bool = True) -> Path:
+    """The folder with the converted repositories of what `release_3` makes."""
+    release = release_3(built, version, shallow=shallow)
+    settings = golden_family(FAMILIES_3[version]).hyperparameters
+    options: dict[str, Any] = {}
+    match version:
+        case "3.0":
+            options = {"text_encoder": release / "flan-ul2", "original_config": settings}
+        case "3.1":
+            options = {"original_config": settings}
+        case "3-lora":
+            options = {"verify": True}
+        case "superres":
+            settings |= golden_family(FAMILIES_3["3.1"]).hyperparameters
+            options = {"refiner": release_3(built, "3.1", shallow=shallow), "original_config": settings}
+    return converted(built, release, version=version, **options)
+
+
 def converted(built: Built, release: Path, *, version: str, **options: Any) -> Path:
     """The folder with the converted repositories of a release."""
     from kandinsky_diffusers.conversion import convert
 
-    return built(f"repos-{version}", lambda folder: convert(release, folder, version=version, **options))
+    return built(f"{release.name}-repos", lambda folder: convert(release, folder, version=version, **options))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,11 +177,11 @@ def test_batches_hold_every_job_once_whoever_draws_them(jobs: list[Job], size: i
 
     shared = [number for index in range(processes) for batch in batches[index::processes] for number in batch.numbers]
     assert sorted(shared) == list(range(len(jobs)))
+    alike = [(kind_of(job), job.size, job.negative is None) for job in jobs]
     for batch in batches:
-        alike = {(kind_of(jobs[n]), jobs[n].size, jobs[n].negative is None) for n in batch.numbers}
-        assert len(alike) == 1
+        assert len({alike[number] for number in batch.numbers}) == 1
         assert 1 <= len(batch.numbers) <= size
-    assert len(batches) <= len(jobs) // size + 4  # one is not full for each size, with and without negatives
+    assert len(batches) == sum(math.ceil(jobs_of_a_kind / size) for jobs_of_a_kind in Counter(alike).values())
 
 
 def test_pictures_whose_inputs_decide_on_their_size_share_a_batch_only_with_their_like(pictures: Path) -> None:

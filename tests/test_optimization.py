@@ -25,6 +25,7 @@ NOTHING = {
     "channels_last": False,
     "fuse_projections": False,
     "compile": False,
+    "packed_weights": False,
     "cuda_graph": False,
     "attention_backend": None,
 }
@@ -63,6 +64,7 @@ def everything(pipe: Any) -> dict[str, Any]:
     modules = {f"{name}.{path}": module for name, model in models.items() for path, module in model.named_modules()}
     return {
         "shown": {name: repr(model) for name, model in models.items()},
+        "classes": {name: type(module) for name, module in modules.items()},
         "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
         "fused": {name: getattr(module, "fused_projections", None) for name, module in modules.items()},
         "weights": {
@@ -204,7 +206,7 @@ def test_what_is_left_out_is_said_once(pipe: Any, caplog: pytest.LogCaptureFixtu
     pipe.to("cpu")
     said = [record.message for record in caplog.records]
     assert sorted(said) == [
-        "`compile` is left out for `unet`, `movq`: on the CPU only a dict of options, such as"
+        "`compile` is left out for `unet`, `movq`, `prior_prior`: on the CPU only a dict of options, such as"
         " `compile={'backend': 'inductor'}`, compiles.",
         "`cuda_graph` is left out for `unet`, `movq`, `prior_prior`: CUDA graphs need weights on a CUDA device, and"
         " these are on 'cpu'.",
@@ -216,6 +218,7 @@ def test_what_is_left_out_is_said_once(pipe: Any, caplog: pytest.LogCaptureFixtu
     [
         ({"enabled": None}, "`enabled` is None; accepted is True or False"),
         ({"channels_last": "yes"}, "`channels_last` is 'yes'"),
+        ({"packed_weights": None}, "`packed_weights` is None; accepted is True or False"),
         ({"compile": "max-autotune"}, "`compile` is 'max-autotune'; accepted is True, False or a dict"),
         ({"compile": {"speed": "high"}}, "`compile` is 'speed'"),
         ({"attention_backend": "fastest"}, "`attention_backend` is 'fastest'"),
@@ -297,7 +300,7 @@ def test_every_model_of_a_call_is_replayed(pipe: Any) -> None:
         for hook in hooks:
             hook.remove()
     assert recorder.recorded == recorded == 4  # of the prior two: a step, and what no step changes
-    assert counts == {"unet": 1, "movq": 0, "prior": 0}  # the first step fills the cache of its call
+    assert counts == {"unet": 0, "movq": 0, "prior": 0}
 
 
 class _Silent(StandIn):
@@ -379,6 +382,31 @@ def test_blocks_compile_once_and_once_more_for_all_other_sizes() -> None:
     take_back([model])
     assert compiled(5, 5) == 2 * blocks
     assert all("_compiled_call_impl" not in vars(module) for module in model.modules())
+
+
+class RowsBlock(ModelMixin, ConfigMixin):
+    """A block in a model that takes rows of any width, and no picture."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.block(rows[..., None, None], rows)
+
+
+@torch.no_grad()
+def test_without_a_picture_the_batch_is_the_size() -> None:
+    model, compiler, counts = RowsBlock().eval(), Compiler(), []
+    Optimization({**NOTHING, "compile": {"backend": compiler}}).apply({"model": model})
+    for batch in (4, 2, 3, 4):
+        for width in (7, 3):
+            assert torch.equal(model(torch.ones(batch, width)), torch.full((batch, width, 1, 1), 2.0))
+        counts.append(compiler.compiled)
+    assert counts == [2, 3, 3, 3]
+    assert compiler.static == 2
 
 
 @torch.no_grad()

@@ -14,9 +14,13 @@ from diffusers import PriorTransformer, attention_backend
 from diffusers.models.attention_processor import AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kandinsky_diffusers import cuda_graphs
+from kandinsky_diffusers.compilation import compile_blocks
 from kandinsky_diffusers.components import adopt
-from kandinsky_diffusers.prior import CachedPriorTransformer, PriorPrefix
+from kandinsky_diffusers.prior import CachedPriorTransformer, PriorPrefix, without_padding
+from tests.test_cuda_graphs import StandIn
 
 
 SIZES: dict[str, Any] = {
@@ -172,6 +176,19 @@ def test_any_mask(mask: list[bool], stock: PriorTransformer, x: torch.Tensor, co
     assert_same(cached_predictions(adopt(stock), x, conditions), expected)
 
 
+@pytest.mark.parametrize(
+    ("longest", "length"), [([False, False, True, False, True, False, False], 5), ([False] * 7, 0)]
+)
+def test_padding_of_all_texts_is_left_out_and_changes_nothing(
+    longest: list[bool], length: int, stock: PriorTransformer, x: torch.Tensor, conditions: dict[str, Any]
+) -> None:
+    conditions["attention_mask"] = torch.tensor([longest, [False] * 7, longest[:4] + [False] * 3])
+    expected = stock_predictions(stock, x, conditions)
+    cut = without_padding(conditions)
+    assert cut["attention_mask"].shape[1] == cut["encoder_hidden_states"].shape[1] == length
+    assert_same(cached_predictions(adopt(stock), x, cut), expected)
+
+
 def test_each_row_has_its_own_timestep(prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any) -> None:
     prefix = prior(prefill=True, **conditions)
     together = prior(x, torch.tensor(TIMESTEPS), prefix=prefix).predicted_image_embedding
@@ -193,12 +210,76 @@ def test_without_a_prefix_it_is_the_stock_class_bit_for_bit(
     assert torch.equal(torch.stack(actual), expected)
 
 
-def test_prefixes_do_not_disturb_each_other(prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any) -> None:
-    other = random_conditions(prior)
-    expected = cached_predictions(prior, x, conditions)[0]
-    prefix, _ = prior(prefill=True, **conditions), prior(prefill=True, **other)
-    for _ in range(2):
-        assert torch.equal(prior(x, TIMESTEPS[0], prefix=prefix).predicted_image_embedding, expected)
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_prefixes_do_not_disturb_each_other(
+    recorded: bool, prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any
+) -> None:
+    both = conditions, random_conditions(prior)
+    expected = [cached_predictions(prior, x, each) for each in both]
+    if recorded:
+        cuda_graphs.graph(prior, StandIn())
+    prefixes = [prior(prefill=True, **each) for each in both]
+    for order in (0, 1), (1, 0):
+        for t, timestep in enumerate(torch.tensor(TIMESTEPS)):
+            for i in order:
+                prediction = prior(x, timestep, prefix=prefixes[i]).predicted_image_embedding
+                assert torch.equal(prediction, expected[i][t])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_step_copies_no_keys_of_the_prefix(
+    recorded: bool, prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any
+) -> None:
+    if recorded:
+        cuda_graphs.graph(prior, StandIn())
+    prefix = prior(prefill=True, **conditions)
+    *others, last = torch.tensor(TIMESTEPS)
+    for timestep in (*others, last):
+        prior(x, timestep, prefix=prefix)
+    with _LargestCopy() as largest:
+        prior(x, last, prefix=prefix)
+    assert largest.numbers == 2 * len(x) * 3 * 2 * 8, "keys and values of the three tokens of the step"
+
+
+@torch.no_grad()
+def test_a_recorded_prior_looks_at_its_weights_once_a_call(
+    prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, look = [], cuda_graphs._state_of
+    monkeypatch.setattr(cuda_graphs, "_state_of", lambda *arguments: looked.append(arguments) or look(*arguments))
+    cuda_graphs.graph(prior, StandIn())
+    for _ in range(3):
+        looked.clear()
+        cached_predictions(prior, x, conditions)
+    assert len(looked) == 1
+
+
+class _LargestCopy(TorchDispatchMode):
+    """How many numbers the largest copy has that is made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _COPIES:
+            self.numbers = max(self.numbers, output.numel())
+        return output
+
+
+_COPIES = [getattr(torch.ops.aten, name) for name in ("cat", "stack", "clone", "copy_", "constant_pad_nd")]
+
+
+def test_a_prefix_made_in_inference_mode_serves_outside_of_it(
+    prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any, expected: torch.Tensor
+) -> None:
+    with torch.inference_mode():
+        prefix = prior(prefill=True, **conditions)
+    with torch.no_grad():
+        assert_same(prior(x, TIMESTEPS[0], prefix=prefix).predicted_image_embedding, expected[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -263,6 +344,18 @@ def test_compiles_without_graph_breaks(x: torch.Tensor, conditions: Any) -> None
     assert_same(cached_predictions(compiled, x, conditions), expected)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_all_blocks_are_compiled_together_once_for_the_prefix_and_once_for_a_step(
+    stock: PriorTransformer, x: torch.Tensor, conditions: Any, expected: torch.Tensor
+) -> None:
+    prior = adopt(stock)
+    compiled: list[torch.fx.GraphModule] = []
+    compile_blocks(prior, [prior], {"fullgraph": True, "backend": lambda graph, _: compiled.append(graph) or graph})
+    for _ in range(2):
+        assert_same(cached_predictions(prior, x, conditions), expected)
+    assert len(compiled) == 2
+
+
 def test_lora(x: torch.Tensor, conditions: Any) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(5)
@@ -291,14 +384,22 @@ def test_attention_backend(
     assert_same(cached_predictions(prior, x, conditions), expected)
 
 
-def test_gradients_flow_through_the_prefix(prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any) -> None:
+@pytest.mark.parametrize("wanted", ["encoder_hidden_states", "hidden_states"])
+def test_gradients_flow_also_where_a_step_without_them_comes_between(
+    wanted: str, prior: CachedPriorTransformer, x: torch.Tensor, conditions: Any
+) -> None:
     def gradient(*, cached: bool) -> torch.Tensor:
-        text = conditions["encoder_hidden_states"].clone().requires_grad_()
-        inputs = {**conditions, "encoder_hidden_states": text}
-        inputs = {"prefix": prior(prefill=True, **inputs)} if cached else inputs
-        prior(x, 10, **inputs).predicted_image_embedding.square().sum().backward()
-        assert text.grad is not None
-        return text.grad
+        inputs: dict[str, Any] = {name: value.clone() for name, value in conditions.items()}
+        step = {"hidden_states": x.clone(), "timestep": 10}
+        wanted_input = {**inputs, **step}[wanted].requires_grad_()
+        if cached:
+            with torch.set_grad_enabled(wanted in inputs):
+                inputs = {"prefix": prior(prefill=True, **inputs)}
+        prediction = prior(**step, **inputs).predicted_image_embedding
+        with torch.no_grad():
+            prior(**step, **inputs)
+        (of_input,) = torch.autograd.grad(prediction.square().sum(), wanted_input)
+        return of_input
 
     assert_same(gradient(cached=True), gradient(cached=False), 1e-5)
 

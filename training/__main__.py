@@ -11,7 +11,7 @@ import torch
 import typer
 
 from .corpus import prepare
-from .crew import RESERVE, Crew
+from .crew import RESERVE, Crew, start_imports
 from .stages import Plan
 
 
@@ -33,6 +33,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     ends = began + max(1.0, time_limit - RESERVE) if time_limit else None
     plan = Plan(work, seed, cpu, shorter, began, ends)
+    start_imports()
     prepare(work, scenes, seed)
     logger.info("%d scenes after %.0f s", scenes, time.time() - began)
     on_gpu = torch.cuda.is_available() and not cpu

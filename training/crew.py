@@ -8,9 +8,10 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,14 @@ RESERVE = 20.0  # seconds of a time limit for writing the release
 TRIES = 2  # for each stage; the second goes on from the last checkpoint
 NOTE_EVERY = 15.0  # seconds
 
+_PROCESSES = multiprocessing.get_context("forkserver")
+
+
+def start_imports() -> None:
+    """Start the process that all stages are forked from; it imports what they need, which takes long, once."""
+    _PROCESSES.set_forkserver_preload(["training.stages"])
+    forkserver.ensure_running()
+
 
 @dataclass
 class Crew:
@@ -41,7 +50,7 @@ class Crew:
     plan: Plan
     output: Path
     processes: int
-    running: dict[str, SpawnProcess] = field(default_factory=dict)
+    running: dict[str, Any] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> list[str]:
@@ -79,9 +88,7 @@ class Crew:
             ready = all(self.plan.is_done(needed) for needed in stage.needs)
             if ready and not waits and len(self.running) < self.processes:
                 self.tries[name] = self.tries.get(name, 0) + 1
-                process = multiprocessing.get_context("spawn").Process(
-                    target=_work, args=(name, self.plan, self.processes), name=name
-                )
+                process = _PROCESSES.Process(target=_work, args=(name, self.plan, self.processes), name=name)
                 process.start()
                 self.running[name] = process
                 logger.info("%s: begins after %.0f s", name, time.time() - self.plan.began)

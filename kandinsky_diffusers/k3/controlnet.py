@@ -147,7 +147,8 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
         *,
         context_lengths: torch.Tensor | None = None,
         cache: ContextCache | None = None,
-    ) -> Kandinsky3ControlNetOutput | tuple[tuple[torch.Tensor, ...]]:
+        fill: bool = False,
+    ) -> Kandinsky3ControlNetOutput | tuple[tuple[torch.Tensor, ...]] | None:
         """What to add to the outputs of the UNet's levels.
 
         Args:
@@ -163,6 +164,7 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
             return_dict: return a tuple if False.
             context_lengths: see [`Kandinsky3UNet.forward`].
             cache: likewise; the control image is one of the conditions, its scale is not.
+            fill: likewise.
 
         Raises:
             ValueError: `sample` has a size that cannot be halved often enough, or `controlnet_cond` has another size.
@@ -174,9 +176,11 @@ class Kandinsky3ControlNetModel(DenoiserMixin, PeftAdapterMixin, ModelMixin, Att
             mask = additive_mask(encoder_attention_mask, sample.dtype, as_original=True)
             return self._pool(encoder_hidden_states, mask, context_lengths), encoder_hidden_states, mask
 
-        pooled, context, mask = self._read_once(cache, read)
         embed_condition = partial(self.controlnet_cond_embedding, controlnet_cond)
         condition = embed_condition() if cache is None else cache.keep("condition", embed_condition)
+        if fill:
+            return self._fill(cache, read)
+        pooled, context, mask = self._read_once(cache, read)
         time_embed = self._embed_time(timestep, sample)
         time_embed = time_embed + pooled.to(time_embed.device)
         hidden = self.conv_in(sample) + _repeated(condition, len(sample))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.unets.unet_kandinsky3 import Kandinsky3AttentionBlock as StockKandinsky3AttentionBlock
 
 from ..attention import (
@@ -17,7 +18,7 @@ from ..attention import (
     use_dispatched_attention,
 )
 from ..components import parts_of, view_as, what_fixes_forward
-from ..context_cache import ContextCache
+from ..context_cache import ContextCache, fill_cache
 from ..inputs import check_choice
 
 
@@ -40,6 +41,18 @@ class Kandinsky3AttentionBlock(StockKandinsky3AttentionBlock):
         return super().__call__(x, time_embed, tokens_for(self.attention, context), *masks, **named_masks)
 
 
+class InPlaceSiLU(torch.nn.SiLU):
+    """[`torch.nn.SiLU`] that overwrites its input unless gradients are needed.
+
+    Between the two convolutions after an attention a picture has four times its channels; that it is there twice would
+    be the most memory that a step needs.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input * sigmoid(input)`."""
+        return F.silu(input, inplace=not torch.is_grad_enabled())
+
+
 class DenoiserMixin:
     """Mixed in before a model with `time_proj`, `time_embedding`, `add_time_condition` and `down_blocks`."""
 
@@ -55,9 +68,9 @@ class DenoiserMixin:
         """Processors that run on the chosen backend, and blocks that a cache can be given to."""
         model: Any = self
         use_dispatched_attention(model)
-        for parent, name, block in parts_of(model, StockKandinsky3AttentionBlock):
-            if what_fixes_forward(block, Kandinsky3AttentionBlock) is None:
-                setattr(parent, name, view_as(block, Kandinsky3AttentionBlock))
+        _replace_parts(model, StockKandinsky3AttentionBlock, Kandinsky3AttentionBlock)
+        for _, _, block in parts_of(model, Kandinsky3AttentionBlock):
+            _replace_parts(block.feed_forward, torch.nn.SiLU, InPlaceSiLU)
 
     @property
     def supports_context_cache(self) -> bool:
@@ -101,6 +114,11 @@ class DenoiserMixin:
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         return self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
 
+    def _fill(self, cache: ContextCache | None, read: Callable[[], Read]) -> None:
+        """Let the cache have all that a forward would leave there."""
+        self._read_once(cache, read)
+        fill_cache(cache, cross_attentions(self).values())
+
     def _read_once(self, cache: ContextCache | None, read: Callable[[], Read]) -> tuple[torch.Tensor, Any, Any]:
         """What `read` returns, or what the cache has kept of it; the cache then is in the place of the context."""
         if cache is None:
@@ -127,6 +145,21 @@ class DenoiserMixin:
             )
 
 
+def cross_attentions(model: Any) -> dict[str, Any]:
+    """The [`Attention`] layers that attend to the text, by their paths; without self-attention and the pooling.
+
+    Args:
+        model: UNet, or ControlNet, which has no way up.
+    """
+    return {
+        f"{side}.{level}.attentions.{index}.attention": layer.attention
+        for side in ("down_blocks", "up_blocks")
+        for level, block in enumerate(getattr(model, side, ()))
+        for index, layer in enumerate(block.attentions)
+        if index > 0 and block.context_dim is not None
+    }
+
+
 def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, as_original: bool) -> torch.Tensor | None:
     """`[batch, 1, tokens]`, to be added to the scores, from a mask `[batch, tokens]` with 1 at tokens.
 
@@ -139,6 +172,12 @@ def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype, as_original: bo
         return ((1 - mask.to(dtype)) * STOCK_MASKED_SCORE).unsqueeze(1)
     lowest = torch.finfo(dtype).min
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, lowest).unsqueeze(1)
+
+
+def _replace_parts(model: torch.nn.Module, stock: type[torch.nn.Module], better: type[torch.nn.Module]) -> None:
+    for parent, name, part in parts_of(model, stock):
+        if what_fixes_forward(part, better) is None:
+            setattr(parent, name, view_as(part, better))
 
 
 def _mean_of_first(context: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

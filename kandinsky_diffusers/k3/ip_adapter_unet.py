@@ -13,6 +13,7 @@ from diffusers.models.embeddings import ImageProjection
 from diffusers.utils import logging
 
 from ..attention import ImageAttention, IPAdapterAttnProcessor
+from .denoiser import cross_attentions
 
 
 logger = logging.get_logger(__name__)
@@ -140,17 +141,6 @@ class IPAdapterUNetMixin:
             )
         tokens = [project(part) for project, part in zip(projections, embeds, strict=True)]
         return torch.cat([context, *(part.to(context) for part in tokens)], dim=1) if tokens else context
-
-
-def cross_attentions(unet: Any) -> dict[str, Any]:
-    """The [`Attention`] layers that attend to the text, by their paths; without self-attention and the pooling."""
-    return {
-        f"{side}.{level}.attentions.{index}.attention": layer.attention
-        for side in ("down_blocks", "up_blocks")
-        for level, block in enumerate(getattr(unet, side))
-        for index, layer in enumerate(block.attentions)
-        if index > 0 and block.context_dim is not None
-    }
 
 
 def layer_sizes(unet: Any) -> LayerSizes:

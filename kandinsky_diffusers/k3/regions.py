@@ -23,7 +23,7 @@ from ..decoding import Batch, Call, Conditions
 from ..images import Images, pad_to, shares_from
 from ..inpainting import Crop
 from ..inputs import as_prompts, check_share
-from .ip_adapter_unet import cross_attentions
+from .denoiser import cross_attentions
 from .text import TextInputs, fitted
 
 

@@ -106,7 +106,8 @@ class Kandinsky3UNet(
         regional_attention_mask: torch.Tensor | None = None,
         down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
         cache: ContextCache | None = None,
-    ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor:
+        fill: bool = False,
+    ) -> Kandinsky3UNetOutput | tuple[torch.Tensor] | torch.Tensor | None:
         """Predict the noise, or project the text.
 
         Args:
@@ -134,6 +135,7 @@ class Kandinsky3UNet(
                 the way up sees them: from the first level on `[batch, channels, height, width]`.
             cache: of a call whose conditions are the same at every step, if [`supports_context_cache`]: the first
                 forward keeps there what it makes of them, the later ones take it from there.
+            fill: fill the cache, and return None. Not where layers are offloaded.
 
         Raises:
             ValueError: an argument is missing or does not belong there, `sample` has a size that cannot be halved
@@ -159,6 +161,8 @@ class Kandinsky3UNet(
             added=added_cond_kwargs,
             dtype=sample.dtype,
         )
+        if fill:
+            return self._fill(cache, read)
         pooled, context, mask = self._read_once(cache, read)
         time_embed = self._embed_time(timestep, sample)
         time_embed = time_embed + pooled.to(time_embed.device)

@@ -132,8 +132,9 @@ def _block_rules(shortcuts: tuple[str, ...]) -> tuple[Rule, ...]:
         rename("feature_pooling.attention.{to}.weight", "add_time_condition.attention.{to}.weight"),
         rename("in_layer.{p}", "conv_in.{p}"),
         *(rename(f"{resnet}.{name}", f"{resnet}.{name}") for name in same_in_resnet),
-        *(rename(f"{attention}.{name}", f"{attention}.{name}") for name in same_in_attention),
-        rename(f"{attention}.attention.{{to}}.weight", f"{attention}.attention.{{to}}.weight"),
+        # a ControlNet of the first level alone has no attention
+        *(rename(f"{attention}.{name}", f"{attention}.{name}", optional=True) for name in same_in_attention),
+        rename(f"{attention}.attention.{{to}}.weight", f"{attention}.attention.{{to}}.weight", optional=True),
     )
 
 

@@ -57,8 +57,8 @@ def test_it_is_recognised_and_verified_and_the_base_is_left_out_with_a_note(
     model: Any = Kandinsky3ControlNetModel.from_pretrained(
         tmp_path / "out" / REPO, variant=variant, torch_dtype=torch.float32
     )
-    wanted = tensors["convs.1.weight"] if variant is None else tensors["convs.1.weight"].half().float()
-    assert torch.equal(model.controlnet_down_blocks[1].weight, wanted)
+    wanted = tensors["convs.0.weight"] if variant is None else tensors["convs.0.weight"].half().float()
+    assert torch.equal(model.controlnet_down_blocks[0].weight, wanted)
 
 
 def test_without_its_configuration_the_original_config_tells_what_shapes_do_not(
@@ -77,7 +77,7 @@ def test_a_key_that_does_not_belong_or_is_missing_is_named(source: Path, tmp_pat
     if change == "one too many":
         key, tensors["ema.weight"] = "ema.weight", torch.zeros(1)
     else:
-        tensors.pop(key := "convs.2.bias")
+        tensors.pop(key := "convs.0.bias")
     save_file(tensors, source / WEIGHTS)
     with pytest.raises(ConversionError, match=key):
         convert(source, tmp_path / "out")

@@ -21,7 +21,7 @@ from kandinsky_diffusers import (
     KandinskyV20Pipeline,
     KandinskyV20UNet,
 )
-from tests.support.counting import calls_of, rows_of
+from tests.support.counting import calls_of, filled_ahead, rows_of
 from tests.support.shallow import shallow
 
 
@@ -49,6 +49,7 @@ def inputs_of(task: str) -> dict[str, Any]:
 def load(converted: Path, task: str = "text2image", **options: Any) -> Any:
     auto, _, repo = TASKS[task]
     pipe = auto.from_pretrained(converted / repo, **options)
+    pipe.unet = shallow(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -132,6 +133,9 @@ def test_conditions_are_read_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) ->
     with calls_of(pipe.unet, *names) as calls:
         drawn = draw(pipe)
     assert calls == {name: {1} for name in names}
+    with filled_ahead(pipe.unet) as caches:
+        assert np.array_equal(draw(pipe), drawn)
+    assert len(caches) == 1
     monkeypatch.setattr(KandinskyV20UNet, "supports_context_cache", False)
     assert np.array_equal(draw(pipe), drawn)
 
@@ -212,8 +216,6 @@ def test_an_adapter_acts_and_can_be_switched_off(pipe: Any) -> None:
 
 
 def test_a_compiled_unet_draws_the_same(pipe: Any) -> None:
-    """One with fewer layers, for tracing them takes long."""
-    pipe.unet = shallow(pipe.unet)
     before = draw(pipe)
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     np.testing.assert_allclose(draw(pipe), before, rtol=0, atol=1e-5)

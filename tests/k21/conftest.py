@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers.pipelines import kandinsky
 
+from tests.support.shallow import shallow
+
 
 SIZE = {"height": 64, "width": 64}
 QUICK = {**SIZE, "num_inference_steps": 2}
@@ -23,7 +25,7 @@ def seeded(*seeds: int) -> list[torch.Generator]:
 
 @pytest.fixture(scope="session")
 def components(converted_21: Path) -> dict[str, dict[str, Any]]:
-    """Stock components of the three repos by name, and of decoders with their prior as "combined"."""
+    """Stock components of the three repos by name, with shallow UNets; decoders with their prior as "combined"."""
     loaded = {
         short: dict(cls.from_pretrained(converted_21 / repo).components)
         for short, cls, repo in (
@@ -32,6 +34,8 @@ def components(converted_21: Path) -> dict[str, dict[str, Any]]:
             ("inpaint", kandinsky.KandinskyInpaintPipeline, "kandinsky-2-1-inpaint"),
         )
     }
+    for short in ("decoder", "inpaint"):
+        loaded[short]["unet"] = shallow(loaded[short]["unet"])
     prior = {f"prior_{name}": component for name, component in loaded["prior"].items()}
     loaded["combined"] = {**loaded["decoder"], **prior}
     loaded["inpaint combined"] = {**loaded["inpaint"], **prior}

@@ -10,7 +10,7 @@ import torch
 
 from kandinsky_diffusers import KandinskyPipeline, unet
 from tests.k21.conftest import QUICK, seeded
-from tests.support.counting import calls_of, rows_of
+from tests.support.counting import calls_of, filled_ahead, rows_of
 from tests.support.far_device import moved_far, waits_in_the_loop
 
 
@@ -38,6 +38,9 @@ def test_conditions_are_read_once_for_each_number_of_rows(
         latents = draw()
     assert rows == ([2, 2, 2] if callback is None else [2, 1, 1])
     assert calls == {name: {1 if callback is None else 2} for name in READ_ONCE}
+    with filled_ahead(pipe.unet) as caches:
+        assert torch.equal(draw(), latents)
+    assert len(caches) == len(set(rows))
     monkeypatch.setattr(unet.UNet2DConditionModel, "supports_context_cache", False)
     assert torch.equal(draw(), latents)
 

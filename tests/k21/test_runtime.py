@@ -23,6 +23,7 @@ QUICK_COMBINED = {**QUICK, "prior_num_inference_steps": 3, "negative_prompt": "u
 @pytest.fixture
 def pipe(converted_21: Path) -> Any:
     pipe = AutoPipelineForText2Image.from_pretrained(converted_21 / "kandinsky-2-1")
+    pipe.unet = shallow(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -99,8 +100,7 @@ def test_an_adapter_acts_and_can_be_switched_off(pipe: Any, component: str) -> N
 
 
 def test_a_compiled_decoder_draws_the_same(pipe: Any) -> None:
-    """A UNet with fewer layers, for tracing them takes long; tests/test_lora.py has a compiled prior."""
-    pipe.unet = shallow(pipe.unet)
+    """Of the decoder; tests/test_lora.py has a compiled prior."""
     before = draw(pipe)
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     np.testing.assert_allclose(draw(pipe), before, rtol=0, atol=1e-5)

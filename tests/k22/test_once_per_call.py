@@ -28,7 +28,7 @@ from kandinsky_diffusers import (
 )
 from kandinsky_diffusers.attention import ContextCache
 from tests.k22.conftest import seeded
-from tests.support.counting import calls_of, rows_of
+from tests.support.counting import calls_of, filled_ahead, rows_of
 from tests.support.far_device import moved_far, waits_in_the_loop
 from tests.support.parity import MODULE, assert_close
 
@@ -83,6 +83,9 @@ def test_conditions_are_read_once(make: Any, draw: Any, without_cache: Any, cls:
     with calls_of(pipe.unet, "to_k", "to_q", *READ_ONCE, *more) as calls:
         latents = draw(pipe)
     assert calls == {"to_k": {STEPS}, "to_q": {STEPS}} | each_one(1) | {name: {1} for name in more}
+    with filled_ahead(pipe.unet) as caches:
+        assert torch.equal(draw(pipe), latents)
+    assert len(caches) == 1
     with calls_of(pipe.unet, *READ_ONCE) as calls:
         assert torch.equal(without_cache(lambda: draw(pipe)), latents)
     assert calls == each_one(STEPS)
@@ -252,6 +255,21 @@ def test_a_cache_is_a_tree_of_its_tensors(pipe: Any) -> None:
     assert pytree.tree_flatten(again)[1] == tree
     added = {"image_embeds": torch.zeros(2, 32), "cache": again}
     assert torch.equal(pipe.unet(*arguments, added_cond_kwargs=added).sample, expected)
+
+
+def test_the_prior_computes_no_padding(make: Any) -> None:
+    pipe, rows = make(KandinskyV22PriorPipeline), []
+    block = pipe.prior.transformer_blocks[0]
+    hook = block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    pipe("a cat", num_inference_steps=STEPS)
+    hook.remove()
+    tokens = len(pipe.tokenizer("a cat").input_ids)
+    assert rows[: 1 + STEPS] == [tokens + 1] + [3] * STEPS  # with the embedding of the text; time, embedding and prd
+
+
+def test_there_must_be_a_cache_to_fill(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="there is no `cache`"):
+        pipe.unet(torch.ones(2, 4, 8, 8), 9, None, added_cond_kwargs={"image_embeds": torch.ones(2, 32)}, fill=True)
 
 
 # ----------------------------------------------------------------------------------------------- halves, and waiting

@@ -236,10 +236,10 @@ def test_the_size_asked_for_comes_out_and_control_and_map_lie_on_it(
     scale, control = torch.rand(70, 100), torch.rand(3, 70, 100)
     arguments = inputs(name, height=70, width=100, output_type="pil", control_image=control)
     assert build(name)(**arguments, controlnet_conditioning_scale=scale).images[0].size == (100, 70)
-    assert calls[0]["control_image"].shape == (1, 3, 128, 128)
+    assert calls[0]["control_image"].shape == (1, 3, 80, 112)
     assert torch.equal(calls[0]["control_image"][0, :, :70, :100], control)
     assert torch.equal(calls[0]["scale"][0, 0, :70, :100], scale)
-    assert torch.equal(calls[0]["scale"][0, 0, 70:, :100], scale[-1:].expand(58, -1))
+    assert torch.equal(calls[0]["scale"][0, 0, 70:, :100], scale[-1:].expand(10, -1))
 
 
 @pytest.mark.parametrize("size", [(90, 71), (64, 130)])

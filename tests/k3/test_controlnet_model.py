@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, attention_backend
 
 from kandinsky_diffusers import Kandinsky3ControlNetModel, Kandinsky3UNet
+from tests.conftest import Recorded
 from tests.k3.test_unet import unet
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import MODULE, assert_close
@@ -50,10 +51,10 @@ def residuals(model: Any, **arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 @torch.no_grad()
-def test_golden_controlnet(goldens_controlnet: GoldenFamily, converted_controlnet: Path, converted_31: Path) -> None:
+def test_golden_controlnet(goldens_controlnet: GoldenFamily, recorded: Recorded) -> None:
     case = goldens_controlnet.case("controlnet")
-    model: Any = Kandinsky3ControlNetModel.from_pretrained(converted_controlnet)
-    base: Any = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1").unet
+    model: Any = Kandinsky3ControlNetModel.from_pretrained(recorded("3-controlnet") / "kandinsky-3-controlnet-hed")
+    base: Any = AutoPipelineForText2Image.from_pretrained(recorded("3.1") / "kandinsky-3-1").unet
     seen = (case["x"], case["t"], case["context"], case["context_mask"])
     assert_close(model.controlnet_cond_embedding(case["hint"]), case["hint_embed"], MODULE, "hint")
     found = residuals(model, **dict(zip(inputs(), (*seen, case["hint"]), strict=True)))

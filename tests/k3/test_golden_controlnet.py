@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -11,24 +10,25 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
 
 from kandinsky_diffusers import Kandinsky3ControlNetModel
+from tests.conftest import Recorded
 from tests.k3.test_golden_pipelines import check, fork_arguments, fork_regions, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import SAMPLER, assert_close
 
 
 @pytest.fixture
-def controlnet(converted_controlnet: Path) -> Any:
-    return Kandinsky3ControlNetModel.from_pretrained(converted_controlnet)
+def controlnet(recorded: Recorded) -> Any:
+    return Kandinsky3ControlNetModel.from_pretrained(recorded("3-controlnet") / "kandinsky-3-controlnet-hed")
 
 
 @pytest.mark.parametrize("run", ["", "second_run"])
 @torch.no_grad()
 def test_golden_text_to_image(
-    goldens_controlnet: GoldenFamily, converted_31: Path, controlnet: Any, monkeypatch: pytest.MonkeyPatch, run: str
+    goldens_controlnet: GoldenFamily, recorded: Recorded, controlnet: Any, monkeypatch: pytest.MonkeyPatch, run: str
 ) -> None:
     """Text is cut after one token of padding, and the negative prompt is cut or padded to that length."""
     case = goldens_controlnet.case("e2e_controlnet")
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1", controlnet=controlnet)
+    pipe = AutoPipelineForText2Image.from_pretrained(recorded("3.1") / "kandinsky-3-1", controlnet=controlnet)
     draws = fork_replay(case, pipe, monkeypatch)
     states, mask = fork_states(pipe, case.parameters["prompt"])
     length = min(int(mask.sum()) + 1, mask.shape[1])
@@ -45,10 +45,10 @@ def test_golden_text_to_image(
 
 @torch.no_grad()
 def test_golden_image_to_image(
-    goldens_controlnet: GoldenFamily, converted_31: Path, controlnet: Any, monkeypatch: pytest.MonkeyPatch
+    goldens_controlnet: GoldenFamily, recorded: Recorded, controlnet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = goldens_controlnet.case("e2e_controlnet_img2img")
-    pipe = AutoPipelineForImage2Image.from_pretrained(converted_31 / "kandinsky-3-1", controlnet=controlnet)
+    pipe = AutoPipelineForImage2Image.from_pretrained(recorded("3.1") / "kandinsky-3-1", controlnet=controlnet)
     draws = fork_replay(case, pipe, monkeypatch)
     encoded, encode = [], pipe.encode_pixels
     monkeypatch.setattr(pipe, "encode_pixels", lambda *given: encoded.append(encode(*given)) or encoded[-1])
@@ -63,11 +63,11 @@ def test_golden_image_to_image(
 
 @torch.no_grad()
 def test_golden_regional_prompting(
-    goldens_controlnet: GoldenFamily, converted_31: Path, controlnet: Any, monkeypatch: pytest.MonkeyPatch
+    goldens_controlnet: GoldenFamily, recorded: Recorded, controlnet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ControlNet sees the prompt of the whole picture alone."""
     case = goldens_controlnet.case("e2e_controlnet_regional")
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1", controlnet=controlnet)
+    pipe = AutoPipelineForText2Image.from_pretrained(recorded("3.1") / "kandinsky-3-1", controlnet=controlnet)
     draws = fork_replay(case, pipe, monkeypatch)
     negative = fork_states(pipe, case.parameters["negative_prompt"])
     latents = pipe(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -11,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 
+from tests.conftest import Recorded
 from tests.k3.test_golden_pipelines import check, fork_arguments, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.parity import MODULE, assert_close
@@ -22,9 +22,9 @@ def goldens() -> GoldenFamily:
 
 
 @pytest.fixture(scope="module")
-def pipe(converted_31: Path, ip_adapter: Path) -> Any:
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
-    pipe.load_ip_adapter(ip_adapter)
+def pipe(recorded: Recorded) -> Any:
+    pipe = AutoPipelineForText2Image.from_pretrained(recorded("3.1") / "kandinsky-3-1")
+    pipe.load_ip_adapter(recorded("3-ip-adapter") / "kandinsky-3-ip-adapter")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

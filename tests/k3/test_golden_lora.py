@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 
+from tests.conftest import Built, Recorded, release_3
 from tests.k3.test_golden_pipelines import check, fork_arguments, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import MODULE, assert_close
 
 
 @pytest.fixture(scope="module")
-def loaded(converted_31: Path) -> Any:
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+def loaded(recorded: Recorded) -> Any:
+    pipe = AutoPipelineForText2Image.from_pretrained(recorded("3.1") / "kandinsky-3-1")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture(params=["as it is", "converted"])
-def pipe(request: pytest.FixtureRequest, loaded: Any, release_lora: Path, converted_lora: Path) -> Any:
-    loaded.load_lora_weights(release_lora if request.param == "as it is" else converted_lora / "kandinsky-3-lora")
+def pipe(request: pytest.FixtureRequest, loaded: Any, built: Built, recorded: Recorded) -> Any:
+    loaded.load_lora_weights(
+        release_3(built, "3-lora", shallow=False)
+        if request.param == "as it is"
+        else recorded("3-lora") / "kandinsky-3-lora"
+    )
     yield loaded
     loaded.unload_lora_weights()
 

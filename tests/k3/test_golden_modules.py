@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from kandinsky_diffusers.k3.text import context_of
+from tests.conftest import Recorded
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.parity import MODULE, assert_close
 
@@ -30,9 +30,9 @@ def goldens(request: pytest.FixtureRequest, version: str) -> GoldenFamily:
 
 
 @pytest.fixture
-def load(request: pytest.FixtureRequest, version: str) -> Any:
+def load(recorded: Recorded, version: str) -> Any:
     """Load the repo of a suffix of the golden's file names: `load("_flash")`."""
-    folder: Path = request.getfixturevalue(f"converted_{version.replace('.', '')}")
+    folder = recorded(version)
     return lambda suffix="": DiffusionPipeline.from_pretrained(folder / REPOS[version, suffix])
 
 
@@ -54,10 +54,10 @@ def test_golden_movq(goldens: GoldenFamily, load: Any, version: str) -> None:
 
 
 @torch.no_grad()
-def test_golden_tiles(converted_31: Path) -> None:
+def test_golden_tiles(recorded: Recorded) -> None:
     """KandiSuperRes, whose MoVQ is that of 3.1, encodes and decodes large pictures in tiles."""
     case = golden_family("kandisuperres").case("movq_tiled")
-    movq: Any = DiffusionPipeline.from_pretrained(converted_31 / "kandinsky-3-1").movq
+    movq: Any = DiffusionPipeline.from_pretrained(recorded("3.1") / "kandinsky-3-1").movq
     settings = case.info["model"]
     movq.enable_tiling(settings["tile_sample_min_size"], settings["tile_overlap_factor_dec"])
     assert_close(movq.encode(case["image"]).latents, case["encoded"], MODULE, "latents")
@@ -104,18 +104,18 @@ def test_golden_text_of_other_repos(goldens: GoldenFamily, load: Any, version: s
 
 
 @torch.no_grad()
-def test_golden_text_of_a_batch(goldens_31: GoldenFamily, converted_31: Path) -> None:
-    case, pipe = goldens_31.case("text_encoder"), DiffusionPipeline.from_pretrained(converted_31 / "kandinsky-3-1")
+def test_golden_text_of_a_batch(goldens_31: GoldenFamily, recorded: Recorded) -> None:
+    case, pipe = goldens_31.case("text_encoder"), DiffusionPipeline.from_pretrained(recorded("3.1") / "kandinsky-3-1")
     states, _, mask, _ = pipe.encode_prompt([case.parameters["text"], ""], do_classifier_free_guidance=False)
     assert torch.equal(mask, case["batch2_context_mask"])
     assert_close(context_of(pipe.unet, states, mask, 2)["context"], case["batch2_context"], MODULE, "context")
 
 
 @torch.no_grad()
-def test_golden_unet_of_the_fork(goldens_31: GoldenFamily, converted_31: Path) -> None:
+def test_golden_unet_of_the_fork(goldens_31: GoldenFamily, recorded: Recorded) -> None:
     """The UNet of 3.1 as the diffusers-based code base has it, where it does not use an image mask."""
     case = goldens_31.case("fork_unet")
-    unet: Any = DiffusionPipeline.from_pretrained(converted_31 / "kandinsky-3-1").unet
+    unet: Any = DiffusionPipeline.from_pretrained(recorded("3.1") / "kandinsky-3-1").unet
     out = unet(case["x"], case["t"], case["context"], case["context_mask"], projected=True).sample
     assert_close(out, case["out"], MODULE)
     context = unet(project=True, encoder_hidden_states=case["raw_embeds"])

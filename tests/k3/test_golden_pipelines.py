@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import PIL.Image
@@ -13,12 +14,24 @@ from diffusers import (
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
     DDPMScheduler,
+    DiffusionPipeline,
 )
 from diffusers.schedulers import scheduling_ddpm
 
 from kandinsky_diffusers import Region, sampling
+from tests.conftest import Recorded
 from tests.support.goldens import GoldenCase, GoldenFamily
 from tests.support.parity import SAMPLER, Replay, assert_close, assert_same_picture
+
+
+Load = Callable[[Any, str, str], Any]
+
+
+@pytest.fixture(scope="module")
+def load(recorded: Recorded) -> Load:
+    """`load(AutoPipelineForText2Image, "3.1", "kandinsky-3-1")`: a new pipeline, on models that are loaded once."""
+    loaded = functools.cache(lambda version, name: DiffusionPipeline.from_pretrained(recorded(version) / name))
+    return lambda auto, version, name: auto.from_pipe(loaded(version, name))
 
 
 def replay(case: GoldenCase, monkeypatch: pytest.MonkeyPatch) -> Replay:
@@ -60,9 +73,9 @@ def arguments(case: GoldenCase) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["e2e_t2i", "e2e_t2i_negative"])
 @torch.no_grad()
 def test_golden_text_to_image_30(
-    goldens_30: GoldenFamily, converted_30: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    goldens_30: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    case, pipe = goldens_30.case(name), AutoPipelineForText2Image.from_pretrained(converted_30 / "kandinsky-3")
+    case, pipe = goldens_30.case(name), load(AutoPipelineForText2Image, "3.0", "kandinsky-3")
     draws, timesteps = replay(case, monkeypatch), timesteps_of(monkeypatch)
     latents = pipe(**arguments(case)).images
     assert not draws.draws
@@ -74,10 +87,10 @@ def test_golden_text_to_image_30(
 @pytest.mark.parametrize("name", ["e2e_t2i", "e2e_t2i_negative", "e2e_t2i_nondividing_steps"])
 @torch.no_grad()
 def test_golden_text_to_image_31(
-    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch, name: str, exact: bool
+    goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch, name: str, exact: bool
 ) -> None:
     """The original rounds the sampler's coefficients to float32, which a setting does, too."""
-    case, pipe = goldens_31.case(name), AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+    case, pipe = goldens_31.case(name), load(AutoPipelineForText2Image, "3.1", "kandinsky-3-1")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, exact_coefficients=exact)
     draws, timesteps = replay(case, monkeypatch), timesteps_of(monkeypatch)
     latents = pipe(**arguments(case)).images
@@ -87,11 +100,9 @@ def test_golden_text_to_image_31(
 
 
 @torch.no_grad()
-def test_golden_eta_and_two_pictures(
-    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_golden_eta_and_two_pictures(goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     case = goldens_31.case("e2e_t2i_eta05_bs2")
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+    pipe = load(AutoPipelineForText2Image, "3.1", "kandinsky-3-1")
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, eta=case.parameters["eta"])
     draws = replay(case, monkeypatch)
     latents = pipe(**arguments(case)).images
@@ -100,9 +111,9 @@ def test_golden_eta_and_two_pictures(
 
 
 @torch.no_grad()
-def test_golden_flash(goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_flash(goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     case = goldens_31.case("e2e_flash")
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1-flash")
+    pipe = load(AutoPipelineForText2Image, "3.1", "kandinsky-3-1-flash")
     draws, timesteps = replay(case, monkeypatch), timesteps_of(monkeypatch)
     latents = pipe(**arguments(case)).images
     assert not draws.draws
@@ -114,11 +125,16 @@ def test_golden_flash(goldens_31: GoldenFamily, converted_31: Path, monkeypatch:
 @pytest.mark.parametrize("sized", [True, False], ids=["size given", "size of the original"])
 @torch.no_grad()
 def test_golden_inpainting(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, version: str, name: str, sized: bool
+    request: pytest.FixtureRequest,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    name: str,
+    sized: bool,
 ) -> None:
     case = request.getfixturevalue(f"goldens_{version}").case(name)
     repo = {"30": "kandinsky-3-inpaint", "31": "kandinsky-3-1-inpaint"}[version]
-    pipe = AutoPipelineForInpainting.from_pretrained(request.getfixturevalue(f"converted_{version}") / repo)
+    pipe = load(AutoPipelineForInpainting, f"3.{version[-1]}", repo)
     size = dict(zip(("height", "width"), case["image_uint8"].shape[1:3], strict=True)) if sized else {}
     draws, timesteps = replay(case, monkeypatch), timesteps_of(monkeypatch)
     latents = pipe(
@@ -135,10 +151,10 @@ def test_golden_inpainting(
 
 @torch.no_grad()
 def test_golden_preparation_for_inpainting(
-    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch
+    goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = goldens_31.case("e2e_inpaint")
-    pipe = AutoPipelineForInpainting.from_pretrained(converted_31 / "kandinsky-3-1-inpaint")
+    pipe = load(AutoPipelineForInpainting, "3.1", "kandinsky-3-1-inpaint")
     seen: dict[str, torch.Tensor] = {}
 
     def predict(latents: torch.Tensor, timestep: torch.Tensor, conditions: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -194,9 +210,9 @@ def fork_replay(case: GoldenCase, pipe: Any, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ["fork_t2i", "fork_t2i_negative"])
 @torch.no_grad()
 def test_golden_text_to_image_of_the_fork(
-    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    case, pipe = goldens_31.case(name), AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+    case, pipe = goldens_31.case(name), load(AutoPipelineForText2Image, "3.1", "kandinsky-3-1")
     draws = fork_replay(case, pipe, monkeypatch)
     negative = fork_states(pipe, case.parameters.get("negative_prompt", ""))
     latents = pipe(**fork_arguments(case, pipe, negative)).images
@@ -206,10 +222,10 @@ def test_golden_text_to_image_of_the_fork(
 
 @torch.no_grad()
 def test_golden_image_to_image_of_the_fork(
-    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch
+    goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = goldens_31.case("fork_img2img")
-    pipe = AutoPipelineForImage2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+    pipe = load(AutoPipelineForImage2Image, "3.1", "kandinsky-3-1")
     draws = fork_replay(case, pipe, monkeypatch)
     states, mask = fork_states(pipe, case.parameters["prompt"])
     nothing = torch.zeros_like(states), torch.zeros_like(mask)
@@ -224,10 +240,10 @@ def test_golden_image_to_image_of_the_fork(
 
 @torch.no_grad()
 def test_golden_regional_prompting_of_the_fork(
-    goldens_31: GoldenFamily, converted_31: Path, monkeypatch: pytest.MonkeyPatch
+    goldens_31: GoldenFamily, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = goldens_31.case("fork_regional")
-    pipe = AutoPipelineForText2Image.from_pretrained(converted_31 / "kandinsky-3-1")
+    pipe = load(AutoPipelineForText2Image, "3.1", "kandinsky-3-1")
     draws = fork_replay(case, pipe, monkeypatch)
     negative = fork_states(pipe, case.parameters["negative_prompt"])
     latents = pipe(

@@ -22,10 +22,10 @@ from kandinsky_diffusers import (
     Region,
 )
 from kandinsky_diffusers.attention import ContextCache
-from kandinsky_diffusers.k3.denoiser import DenoiserMixin
-from kandinsky_diffusers.k3.ip_adapter_unet import IPAdapter, cross_attentions, layer_sizes
+from kandinsky_diffusers.k3.denoiser import DenoiserMixin, cross_attentions
+from kandinsky_diffusers.k3.ip_adapter_unet import IPAdapter, layer_sizes
 from tests.k3.conftest import SIZE, seeded
-from tests.support.counting import calls_of, rows_of
+from tests.support.counting import calls_of, filled_ahead, rows_of
 from tests.support.far_device import moved_far, waits_in_the_loop
 from tests.support.parity import SAMPLER, assert_close
 from tests.support.tiny22 import make_movq
@@ -160,6 +160,15 @@ def test_pictures_regions_and_control_are_read_once(full: Any, without_cache: An
     assert of_pictures == {"to_k_ip": {1}, "to_v_ip": {1}, "image_embeds": {1}}
     assert of_control == {"conv_in": {1}}
     assert_close(without_cache(lambda: draw(full)), latents, SAMPLER)
+
+
+def test_caches_can_be_filled_ahead(full: Any, unets: dict[str, Any]) -> None:
+    latents = draw(full)
+    with filled_ahead(full.unet, full.controlnet) as caches:
+        assert torch.equal(draw(full), latents)
+    assert len(caches) == 2
+    with pytest.raises(ValueError, match="there is no `cache`"):
+        unets["stock"](torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 1, WIDTH), fill=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ changed

@@ -13,6 +13,7 @@ from kandinsky_diffusers.optimization import Optimization
 from tests.k3.conftest import SIZE, seeded
 from tests.support.parity import assert_close
 from tests.test_cuda_graphs import StandIn
+from tests.test_optimization import NOTHING
 
 
 def test_adapters_and_regions_act_on_recorded_models(components: Any, ip_adapter: Path, picture: Any) -> None:
@@ -37,8 +38,7 @@ def test_adapters_and_regions_act_on_recorded_models(components: Any, ip_adapter
 
     plain = drawn()
     recorder = StandIn()
-    nothing = {"channels_last": False, "fuse_projections": False, "compile": False, "attention_backend": None}
-    pipe._optimization = Optimization({**nothing, "cuda_graph": True}, recorder)
+    pipe._optimization = Optimization({**NOTHING, "cuda_graph": True}, recorder)
     pipe._reoptimize()
     for latents, expected in zip(drawn(), plain, strict=True):
         assert_close(latents, expected, 1e-5)

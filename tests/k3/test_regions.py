@@ -12,7 +12,7 @@ import torch
 
 import kandinsky_diffusers
 from kandinsky_diffusers import Kandinsky3Pipeline, Region
-from kandinsky_diffusers.k3.ip_adapter_unet import cross_attentions
+from kandinsky_diffusers.k3.denoiser import cross_attentions
 from tests.k3.conftest import QUICK, TASKS, Refused, float64, seeded
 from tests.support.parity import assert_close, relative_difference
 

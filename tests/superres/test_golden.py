@@ -12,6 +12,7 @@ from diffusers import AutoPipelineForImage2Image
 
 from kandinsky_diffusers import KandiSuperResPipeline, KandiSuperResUNet
 from kandinsky_diffusers.superres.refiner import Refiner
+from tests.conftest import Recorded
 from tests.support.goldens import GoldenCase, GoldenFamily
 from tests.support.parity import MODULE, SAMPLER, Replay, assert_close, assert_same_picture
 
@@ -25,7 +26,7 @@ def load(converted: Path, kind: str) -> Any:
     return pipe
 
 
-def recorded(case: GoldenCase) -> list[torch.Tensor]:
+def recorded_draws(case: GoldenCase) -> list[torch.Tensor]:
     draws = case.random()
     return [draws[name] for name in sorted(draws)]
 
@@ -50,19 +51,19 @@ def levels(pixels: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OUTPUTS)
 @torch.no_grad()
-def test_golden_unet(goldens_superres: GoldenFamily, converted_superres: Path, name: str) -> None:
+def test_golden_unet(goldens_superres: GoldenFamily, recorded: Recorded, name: str) -> None:
     case = goldens_superres.case("sr_unet")
-    unet: Any = KandiSuperResUNet.from_pretrained(converted_superres / f"kandisuperres-{OUTPUTS[name]}/unet")
+    unet: Any = KandiSuperResUNet.from_pretrained(recorded("superres") / f"kandisuperres-{OUTPUTS[name]}/unet")
     assert_close(unet(case["x"], case["t"], case["lowres_img"]).sample, case[name], MODULE)
 
 
 @pytest.mark.parametrize("name", ["e2e_x4_single", "e2e_x4_multiwindow", "e2e_x2_single"])
 def test_golden_enlargement(
-    goldens_superres: GoldenFamily, converted_superres: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    goldens_superres: GoldenFamily, recorded: Recorded, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """With the seed alone, which is enough: the original's noise comes from a generator, too."""
     case = goldens_superres.case(name)
-    pipe = load(converted_superres, f"x{case.parameters['scale']}")
+    pipe = load(recorded("superres"), f"x{case.parameters['scale']}")
     same = {key: value for key, value in case.parameters.items() if key in ("scale", "seed", "view_batch_size")}
     steps = case.parameters["steps"]
     image, pixels = drawn_by(pipe, monkeypatch, image=picture(case), num_inference_steps=steps, **same)
@@ -74,13 +75,13 @@ def test_golden_enlargement(
 
 @pytest.mark.parametrize("refine", [False, True], ids=["plain", "refined"])
 def test_golden_flash(
-    goldens_superres: GoldenFamily, converted_superres: Path, monkeypatch: pytest.MonkeyPatch, refine: bool
+    goldens_superres: GoldenFamily, recorded: Recorded, monkeypatch: pytest.MonkeyPatch, refine: bool
 ) -> None:
-    case, pipe = goldens_superres.case("e2e_flash_x2"), load(converted_superres, "flash-x2")
+    case, pipe = goldens_superres.case("e2e_flash_x2"), load(recorded("superres"), "flash-x2")
     tiles = case.info["model"]["tile"]
     pipe.enable_movq_tiling(tiles["tile_sample_min_size"], tiles["tile_overlap_factor_dec"])
     latents = seen_by_refiner(monkeypatch)
-    draws = Replay.into(monkeypatch, recorded(case))
+    draws = Replay.into(monkeypatch, recorded_draws(case))
     image, pixels = drawn_by(pipe, monkeypatch, image=picture(case), refine=refine)
     assert_close(pixels, case["sr"], SAMPLER)
     if refine:
@@ -108,11 +109,9 @@ def seen_by_refiner(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_golden_refiner(
-    goldens_superres: GoldenFamily, converted_superres: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, pipe = goldens_superres.case("refine_tiled"), load(converted_superres, "flash-x2")
-    draws = Replay.into(monkeypatch, recorded(case))
+def test_golden_refiner(goldens_superres: GoldenFamily, recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, pipe = goldens_superres.case("refine_tiled"), load(recorded("superres"), "flash-x2")
+    draws = Replay.into(monkeypatch, recorded_draws(case))
     parts = pipe.movq, pipe.refiner, pipe.refiner_scheduler, pipe.context
     refined = Refiner(*parts, device=torch.device("cpu")).redraw(case["latent"])
     assert not draws.draws

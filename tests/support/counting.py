@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from kandinsky_diffusers.context_cache import ContextCache
 
 
 @contextmanager
@@ -46,3 +49,34 @@ def rows_of(model: torch.nn.Module, argument: str = "sample") -> Iterator[list[i
         yield rows
     finally:
         hook.remove()
+
+
+@contextmanager
+def filled_ahead(*models: torch.nn.Module) -> Iterator[list[ContextCache]]:
+    """Caches are filled before the first forward that gets them, which then must find all it needs; yields them."""
+    caches: list[ContextCache] = []
+    kept: dict[int, int] = {}
+
+    def fill(model: Any, args: Any, kwargs: Any) -> None:
+        cache = _cache_in(kwargs)
+        if cache is not None and not cache.filled:
+            assert model.forward(*args, **kwargs, fill=True) is None
+            assert cache.filled
+            caches.append(cache)
+            kept[id(cache)] = len(tree_leaves(cache))
+
+    def check(model: Any, args: Any, kwargs: Any, output: Any) -> None:
+        cache = _cache_in(kwargs)
+        assert cache is None or len(tree_leaves(cache)) == kept[id(cache)]
+
+    hooks = [model.register_forward_pre_hook(fill, with_kwargs=True) for model in models]
+    hooks += [model.register_forward_hook(check, with_kwargs=True) for model in models]
+    try:
+        yield caches
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cache_in(kwargs: Mapping[str, Any]) -> ContextCache | None:
+    return kwargs.get("cache") or (kwargs.get("added_cond_kwargs") or {}).get("cache")

@@ -14,6 +14,7 @@ from tests.support.goldens import golden_family
 from tests.support.hed import random_weights
 from tests.support.language_model import make_language_model
 from tests.support.release import build_release
+from tests.support.shallow import shallow_3
 
 
 FAMILIES = (
@@ -26,10 +27,12 @@ FAMILIES = (
 
 
 def write_tiny_repos(folder: Path) -> Path:
-    """Convert the tiny releases of the golden set in use, and make a language model."""
+    """Convert the tiny releases of the golden set in use, with few layers, and make a language model."""
     families = {name: golden_family(name) for name in FAMILIES}
     with TemporaryDirectory() as scratch:
-        releases = {name: build_release(family.path, Path(scratch, name)) for name, family in families.items()}
+        releases = {
+            name: build_release(family.path, Path(scratch, name), shallow_3) for name, family in families.items()
+        }
         torch.save(random_weights(), releases["kandinsky-3-controlnet"] / "ControlNetHED.pth")
         for name, release in releases.items():
             needed: dict[str, Any] = {"refiner": releases["kandinsky-3.1"]} if name == "kandisuperres" else {}
