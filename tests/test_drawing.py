@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -25,12 +24,12 @@ from kandinsky_diffusers.conversion import convert
 from tests.conftest import Built
 from training.evaluation import Wish, accuracy, readings, wishes
 from training.reading import Reading, read
-from training.world import COLORS, SHAPES, SIZE, Scene, draw, make_figure
+from training.world import SIZE, Scene, draw, make_figure
 
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASE = ROOT / "training" / "release"
-STEPS = 8
+STEPS = 6
 SEEDS = (0, 35)  # of the first of all prompts; each following prompt has the next seed
 WISHES = wishes("en")
 PROMPTS = {(wish.shape, wish.color): wish.prompt for wish in WISHES}
@@ -56,17 +55,6 @@ def artist(repos: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def share_right(artist: Any) -> Callable[..., float]:
-    """Share of all prompts in a language of whose pictures colour and shape are right, from a seed on."""
-
-    @cache
-    def share(language: str, seed: int, **options: float) -> float:
-        return accuracy(artist, language, seed, num_inference_steps=STEPS, **options)["both"]
-
-    return share
-
-
-@pytest.fixture(scope="module")
 def seen(artist: Any) -> list[Reading]:
     """What is drawn for `SOME`, in float32 and in the default way."""
     drawn = look(artist, SOME)
@@ -75,7 +63,8 @@ def seen(artist: Any) -> list[Reading]:
 
 
 def look(artist: Any, asked: Sequence[Wish], **options: Any) -> list[Reading]:
-    return list(readings(artist, [wish.prompt for wish in asked], 0, num_inference_steps=STEPS, **options))
+    """What is seen in a picture for each of the prompts."""
+    return list(readings(artist, [wish.prompt for wish in asked], 0, **{"num_inference_steps": STEPS, **options}))
 
 
 def share_that_shows(asked: Sequence[Wish], seen: Sequence[Reading], place: str | None = None) -> float:
@@ -96,18 +85,32 @@ def share_alike(one: Sequence[Reading], other: Sequence[Reading]) -> float:
 
 
 @pytest.mark.parametrize("language", ["en", "ru"])
-def test_colour_and_shape_are_those_of_the_prompt(share_right: Callable[..., float], language: str) -> None:
-    assert np.mean([share_right(language, seed) for seed in SEEDS]) >= 0.9
+def test_colour_and_shape_are_those_of_the_prompt(artist: Any, language: str) -> None:
+    found = [accuracy(artist, language, seed, num_inference_steps=STEPS)["both"] for seed in SEEDS]
+
+    assert np.mean(found) >= 0.9
 
 
-def test_guidance_makes_more_pictures_right(share_right: Callable[..., float]) -> None:
-    without = share_right("en", 0, guidance_scale=1.0, prior_guidance_scale=1.0)
+def test_guidance_makes_more_pictures_right(artist: Any) -> None:
+    """Single shapes are right without guidance, too; of two some are missing, or have each other's colours."""
+    pairs = [(wish, WISHES[(8 * number + 3) % len(WISHES)]) for number, wish in enumerate(WISHES)]
+    prompts = [f"{first.prompt} and {second.prompt}" for first, second in pairs]
 
-    assert share_right("en", 0) > without
+    def share_of_right(guidance_scale: float) -> float:
+        options = {"guidance_scale": guidance_scale, "prior_guidance_scale": 1.0, "num_inference_steps": STEPS}
+        seen = readings(artist, prompts, 0, **options)
+        return np.mean([kinds(reading) == kinds(pair) for reading, pair in zip(seen, pairs, strict=True)]).item()
+
+    assert share_of_right(4.0) > share_of_right(1.0) + 0.05
+
+
+def kinds(shapes: Reading | Sequence[Wish]) -> list[tuple[str, str]]:
+    each = shapes.figures if isinstance(shapes, Reading) else shapes
+    return sorted((figure.shape, figure.color) for figure in each)
 
 
 def test_a_negative_prompt_drives_its_colour_out(artist: Any) -> None:
-    asked = [Wish(f"a {shape}", shape, color) for shape in SHAPES for color in COLORS]  # the prompt says no colour
+    asked = [wish._replace(prompt=f"a {wish.shape}") for wish in WISHES[::2]]  # the prompt says no colour
     negatives = [PROMPTS[wish.shape, wish.color] for wish in asked]
 
     without, with_negative = look(artist, asked), look(artist, asked, negative_prompt=negatives)
@@ -153,7 +156,8 @@ def moved(inputs: list[Scene]) -> list[Wish]:
 def redraw(repos: Path, inputs: list[Scene], moved: list[Wish]) -> Callable[[float], list[Reading]]:
     """What becomes of the inputs with a strength."""
     artist = quick(AutoPipelineForImage2Image.from_pretrained(repos / "kandinsky-2-1"))
-    return lambda strength: look(artist, moved, image=pictures_of(inputs), strength=strength)
+    options = {"image": pictures_of(inputs), "num_inference_steps": 20, "guidance_scale": 1.0}
+    return lambda strength: look(artist, moved, strength=strength, **options)
 
 
 def test_at_low_strength_the_layout_stays_whatever_the_prompt_says(
@@ -161,7 +165,7 @@ def test_at_low_strength_the_layout_stays_whatever_the_prompt_says(
 ) -> None:
     stayed = [
         reading.ground == scene.ground and [figure.place for figure in reading.figures] == [scene.figures[0].place]
-        for reading, scene in zip(redraw(0.25), inputs, strict=True)
+        for reading, scene in zip(redraw(0.1), inputs, strict=True)
     ]
 
     assert np.mean(stayed) >= 0.9
@@ -172,7 +176,7 @@ def test_at_high_strength_the_prompt_decides_on_shape_colour_and_place(
 ) -> None:
     follows = [
         reading.shows(wish.shape, wish.color, OPPOSITE[scene.figures[0].place])
-        for reading, wish, scene in zip(redraw(1.0), moved, inputs, strict=True)
+        for reading, wish, scene in zip(redraw(0.6), moved, inputs, strict=True)
     ]
 
     assert np.mean(follows) >= 0.9
@@ -197,10 +201,7 @@ def test_inpainting_puts_in_what_the_prompt_says_and_leaves_the_rest_alone(
     artist = quick(AutoPipelineForInpainting.from_pretrained(repos / "kandinsky-2-1-inpaint"))
     there = [scene.figures[0] for scene in inputs]
     masks = [half(OPPOSITE[figure.place]) for figure in there]
-    prompts = [
-        f"{PROMPTS[figure.shape, figure.color]} {ENGLISH[figure.place]} and {wish.prompt}"
-        for figure, wish in zip(there, moved, strict=True)
-    ]
+    prompts = [f"{wish.prompt} on a grey background" for wish in moved]
     before = pictures_of(inputs)
 
     after = artist(
@@ -210,7 +211,7 @@ def test_inpainting_puts_in_what_the_prompt_says_and_leaves_the_rest_alone(
         preserve_unmasked=True,
         height=SIZE,
         width=SIZE,
-        num_inference_steps=STEPS,
+        num_inference_steps=20,
         prior_num_inference_steps=10,
         generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
     ).images
@@ -222,7 +223,7 @@ def test_inpainting_puts_in_what_the_prompt_says_and_leaves_the_rest_alone(
         read(picture).shows(wish.shape, wish.color, OPPOSITE[figure.place])
         for picture, wish, figure in zip(after, moved, there, strict=True)
     ]
-    assert np.mean(painted) >= 0.9
+    assert np.mean(painted) >= 0.8
 
 
 # ---------------------------------------------------------------------------------------------------------- mixtures
@@ -237,7 +238,7 @@ def test_the_ends_of_a_mixture_are_what_is_mixed(artist: Any, inputs: list[Scene
         mixed = artist.mix(
             [first, second],
             [[1.0, 0.0], [0.0, 1.0]],
-            prior_num_inference_steps=5,
+            prior_num_inference_steps=10,
             num_inference_steps=STEPS,
             height=SIZE,
             width=SIZE,

@@ -18,6 +18,7 @@ class Motifs:
         addition: what inpainting makes of it; the upper half is repainted.
         seeds: of the pictures of the first prompt.
         strengths: of image to image, from 0 to 1.
+        image_guidance: guidance scale of image to image.
         shares: of `change` in the mixtures, from 0 to 1.
     """
 
@@ -26,7 +27,8 @@ class Motifs:
     change: str
     addition: str
     seeds: Sequence[int] = range(6)
-    strengths: Sequence[float] = (0.2, 0.5, 0.7, 0.9)
+    strengths: Sequence[float] = (0.2, 0.4, 0.6, 0.8)
+    image_guidance: float = 4.0
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
     @classmethod
@@ -46,12 +48,14 @@ COLOURED_SHAPES = Motifs(
     prompts=(
         "a red circle",
         "a green triangle on a pink background",
-        "a blue square on the left and an orange ring on the right",
+        "a blue square and an orange ring",
         "жёлтый крест",
         "маленький чёрный квадрат снизу",
-        "фиолетовое кольцо слева и красный треугольник справа",
+        "фиолетовое кольцо и красный треугольник",
     ),
-    start="a large blue square at the bottom",
+    start="a large blue square at the bottom on a grey background",
     change="a yellow ring",
-    addition="a blue square at the bottom and a red triangle at the top",
+    addition="a large blue square at the bottom and a red triangle at the top on a grey background",
+    strengths=(0.05, 0.1, 0.2, 0.6),  # in latents of 8 x 8 little noise hides much
+    image_guidance=1.0,
 )
