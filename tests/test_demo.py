@@ -181,6 +181,13 @@ def test_one_prompt_is_enough_and_none_is_an_error() -> None:
         Motifs.of([])
 
 
+def test_too_few_steps_for_image_to_image_are_refused_before_anything_is_converted(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", str(tmp_path), str(tmp_path / "out"), "--steps", "10"])
+
+    assert result.exit_code == 1
+    assert "`steps` is 10; accepted are 20 and more" in result.output
+
+
 def test_the_mask_is_in_the_upper_half() -> None:
     mask = np.asarray(upper_half(SCENE))
 

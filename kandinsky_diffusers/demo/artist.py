@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,14 +36,22 @@ class Settings:
     Args:
         motifs: the prompts.
         size: height and width in pixels; None for those that the release was trained on.
-        steps: of the decoder; at least 5, or the lowest strength of image to image leaves none.
+        steps: of the decoder.
         prior_steps: of the prior.
+
+    Raises:
+        ValueError: the lowest strength of image to image leaves none of the steps.
     """
 
     motifs: Motifs = COLOURED_SHAPES
     size: int | None = None
     steps: int = 25
     prior_steps: int = 10
+
+    def __post_init__(self) -> None:
+        fewest = math.ceil(1 / min(self.motifs.strengths))
+        if self.steps < fewest:
+            raise ValueError(f"`steps` is {self.steps}; accepted are {fewest} and more, for image to image needs one.")
 
 
 def draw(repos: Mapping[str, Path], settings: Settings, progress: Progress | None = None) -> list[Row[Picture]]:

@@ -75,9 +75,13 @@ def rows_of(motifs: Motifs, start: Image.Image, inpainting: bool) -> Iterator[Ro
 
 def _image_to_image(motifs: Motifs, start: Image.Image) -> Row[Picture | Shot]:
     def redrawn(strength: float) -> Shot:
-        description = f"The picture above redrawn as “{motifs.change}” with strength {strength}"
-        arguments = {"prompt": motifs.change, "image": start, "strength": strength}
-        arguments["guidance_scale"] = motifs.image_guidance
+        description = f"The input redrawn as “{motifs.change}” with strength {strength}"
+        arguments = {
+            "prompt": motifs.change,
+            "image": start,
+            "strength": strength,
+            "guidance_scale": motifs.image_guidance,
+        }
         return Shot(f"strength {strength}", description, "image", arguments)
 
     text = f"From a picture to “{motifs.change}”: the strength says how much of it may go."
