@@ -92,12 +92,12 @@ def test_colour_and_shape_are_those_of_the_prompt(artist: Any, language: str) ->
 
 
 def test_guidance_makes_more_pictures_right(artist: Any) -> None:
-    """Single shapes are right without guidance, too; of two some are missing, or have each other's colours."""
+    """Single shapes are right without it, too; of two some are missing, or have each other's colour."""
     pairs = [(wish, WISHES[(8 * number + 3) % len(WISHES)]) for number, wish in enumerate(WISHES)]
     prompts = [f"{first.prompt} and {second.prompt}" for first, second in pairs]
 
     def share_of_right(guidance_scale: float) -> float:
-        options = {"guidance_scale": guidance_scale, "prior_guidance_scale": 1.0, "num_inference_steps": STEPS}
+        options = {"guidance_scale": guidance_scale, "prior_guidance_scale": 1.0, "num_inference_steps": 8}
         seen = readings(artist, prompts, 0, **options)
         return np.mean([kinds(reading) == kinds(pair) for reading, pair in zip(seen, pairs, strict=True)]).item()
 
@@ -225,7 +225,7 @@ def test_inpainting_puts_in_what_the_prompt_says_and_leaves_the_rest_alone(
 
 
 def test_the_ends_of_a_mixture_are_what_is_mixed(artist: Any, inputs: list[Scene]) -> None:
-    pairs = list(zip(SOME[:4], SOME[4:8], strict=True))
+    pairs = list(zip(SOME[:2], SOME[2:4], strict=True))
     scene = inputs[0]
     figure = scene.figures[0]
 
