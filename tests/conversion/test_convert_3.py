@@ -30,6 +30,14 @@ def source(release_31: Path, tmp_path: Path) -> Path:
     return shutil.copytree(release_31, tmp_path / "release")
 
 
+@pytest.fixture
+def one_unet(source: Path) -> Path:
+    """The same without the UNets of Flash and of inpainting."""
+    for name in ("kandinsky3_flash.pt", "kandinsky3_inpainting.pt"):
+        (source / "weights" / name).unlink()
+    return source
+
+
 @pytest.fixture(scope="module")
 def config(goldens_31: Any) -> dict[str, Path]:
     return {"original_config": goldens_31.path / "hyperparameters.json"}
@@ -153,8 +161,8 @@ def test_flash_alone_is_enough(source: Path, config: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", ["pickled", "sharded", "pickled and sharded", "with the copy of the embedding"])
-def test_the_text_encoder_may_come_in_any_form(source: Path, config: Any, tmp_path: Path, form: str) -> None:
-    folder = source / "weights" / "flan_ul2_encoder"
+def test_the_text_encoder_may_come_in_any_form(one_unet: Path, config: Any, tmp_path: Path, form: str) -> None:
+    folder = one_unet / "weights" / "flan_ul2_encoder"
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     if form == "with the copy of the embedding":
@@ -171,23 +179,23 @@ def test_the_text_encoder_may_come_in_any_form(source: Path, config: Any, tmp_pa
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": index}))
     for name, part in parts.items():
         torch.save(part, folder / name) if ending == "bin" else save_file(part, folder / name)
-    convert(source, tmp_path / "out", **config)
+    convert(one_unet, tmp_path / "out", **config)
     written = weights(tmp_path / "out" / "kandinsky-3-1" / "text_encoder")
     tensors.pop("encoder.embed_tokens.weight", None)
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[key], tensor) for key, tensor in tensors.items())
 
 
-def test_the_null_embedding_may_be_a_row(source: Path, config: Any, tmp_path: Path) -> None:
-    path = source / "weights" / "kandinsky3.pt"
+def test_the_null_embedding_may_be_a_row(one_unet: Path, config: Any, tmp_path: Path) -> None:
+    path = one_unet / "weights" / "kandinsky3.pt"
     change(path, lambda content: content.update(null_embedding=content["null_embedding"][None]))
-    convert(source, tmp_path / "out", **config)
+    convert(one_unet, tmp_path / "out", **config)
     assert weights(tmp_path / "out" / "kandinsky-3-1" / "unet")["null_embedding"].ndim == 1
 
 
-def test_a_tokenizer_without_its_fast_file_gets_one(source: Path, config: Any, tmp_path: Path) -> None:
-    (source / "weights" / "flan_ul2_encoder" / "tokenizer.json").unlink()
-    convert(source, tmp_path / "out", **config)
+def test_a_tokenizer_without_its_fast_file_gets_one(one_unet: Path, config: Any, tmp_path: Path) -> None:
+    (one_unet / "weights" / "flan_ul2_encoder" / "tokenizer.json").unlink()
+    convert(one_unet, tmp_path / "out", **config)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "kandinsky-3-1")
     assert (tmp_path / "out" / "kandinsky-3-1" / "tokenizer" / "tokenizer.json").is_file()
     assert pipe.tokenizer("a red fox").input_ids[-1] == pipe.tokenizer.eos_token_id
