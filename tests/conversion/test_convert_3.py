@@ -113,30 +113,32 @@ def test_a_text_model_that_is_dropped_is_told_by_reason_and_not_key_by_key(conve
     assert f"{len(dropped) - 1} tensors" in card
 
 
-@pytest.mark.parametrize("kind", ["whole", "half"])
-def test_everything_is_verified(source: Path, config: Any, tmp_path: Path, kind: str) -> None:
-    options = {"variant": "fp16"} if kind == "half" else {}
-    report = convert(source, tmp_path / "out", verify=True, **options, **config)
+def test_everything_is_verified(release_31: Path, config: Any, tmp_path: Path) -> None:
+    report = convert(release_31, tmp_path, verify=True, **config)
     assert set(report.verified) == set(REPOS_31)
+    assert report.verified["kandinsky-3-1"]["loaded_and_run"] == "Kandinsky3Pipeline"
+    assert {t.dtype for t in weights(tmp_path / "kandinsky-3-1" / "movq").values()} == {torch.float32}
+
+
+def test_in_half_precision_the_movq_stays_whole(one_unet: Path, config: Any, tmp_path: Path) -> None:
+    report = convert(one_unet, tmp_path / "out", verify=True, variant="fp16", **config)
     repo = tmp_path / "out" / "kandinsky-3-1"
     assert report.verified["kandinsky-3-1"]["loaded_and_run"] == "Kandinsky3Pipeline"
     assert {t.dtype for t in weights(repo / "movq").values()} == {torch.float32}
-    if kind == "half":
-        assert {t.dtype for t in weights(repo / "unet").values()} == {torch.float16}
-        pipe = DiffusionPipeline.from_pretrained(repo, variant="fp16", dtype=torch.float16)
-        assert pipe.movq.dtype == torch.float32
+    assert {t.dtype for t in weights(repo / "unet").values()} == {torch.float16}
+    pipe = DiffusionPipeline.from_pretrained(repo, variant="fp16", dtype=torch.float16)
+    assert pipe.movq.dtype == torch.float32
 
 
-def test_shared_models_may_be_hard_links(source: Path, config: Any, tmp_path: Path) -> None:
-    convert(source, tmp_path / "copied", **config)
-    convert(source, tmp_path / "linked", link_shared=True, **config)
-    for output, links in (("copied", 1), ("linked", 3)):
+def test_shared_models_may_be_hard_links(release_31: Path, converted_31: Path, config: Any, tmp_path: Path) -> None:
+    convert(release_31, tmp_path, link_shared=True, **config)
+    for output, links in ((converted_31, 1), (tmp_path, 3)):
         for model in ("text_encoder", "movq"):
-            for path in (tmp_path / output / "kandinsky-3-1" / model).iterdir():
+            for path in (output / "kandinsky-3-1" / model).iterdir():
                 assert path.stat().st_nlink == links
-        assert (tmp_path / output / "kandinsky-3-1" / "unet" / "config.json").stat().st_nlink == 1
-    for path in (tmp_path / "copied").rglob("*.safetensors"):
-        twin = tmp_path / "linked" / path.relative_to(tmp_path / "copied")
+        assert (output / "kandinsky-3-1" / "unet" / "config.json").stat().st_nlink == 1
+    for path in converted_31.rglob("*.safetensors"):
+        twin = tmp_path / path.relative_to(converted_31)
         assert twin.read_bytes() == path.read_bytes()
 
 
