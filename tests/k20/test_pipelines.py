@@ -50,9 +50,7 @@ def inputs_of(task: str) -> dict[str, Any]:
 
 def load(converted: Path, task: str = "text2image", **options: Any) -> Any:
     """A copy of what is loaded once."""
-    pipe = _load(converted, task, **options)
-    tokenizers = (pipe.tokenizer, pipe.tokenizer_2)  # nothing changes them, and copying them takes long
-    return deepcopy(pipe, {id(tokenizer): tokenizer for tokenizer in tokenizers})
+    return deepcopy(_load(converted, task, **options))
 
 
 @functools.cache
