@@ -25,7 +25,7 @@ from kandinsky_diffusers.generation import GenerationError, Job, Settings, gener
 from kandinsky_diffusers.generation.drawing import batches_of, kind_of
 from kandinsky_diffusers.generation.folder import Run, RunFolder, read_record
 from kandinsky_diffusers.generation.jobs import numbered
-from tests.conftest import Built
+from tests.fixtures import Built
 from tests.support import tiny22
 from tests.support.fake_hub import FakeHub
 from tests.support.processes import PythonProcess

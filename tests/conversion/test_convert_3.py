@@ -30,6 +30,14 @@ def source(release_31: Path, tmp_path: Path) -> Path:
     return shutil.copytree(release_31, tmp_path / "release")
 
 
+@pytest.fixture
+def one_unet(source: Path) -> Path:
+    """The same without the UNets of Flash and of inpainting."""
+    for name in ("kandinsky3_flash.pt", "kandinsky3_inpainting.pt"):
+        (source / "weights" / name).unlink()
+    return source
+
+
 @pytest.fixture(scope="module")
 def config(goldens_31: Any) -> dict[str, Path]:
     return {"original_config": goldens_31.path / "hyperparameters.json"}
@@ -105,30 +113,32 @@ def test_a_text_model_that_is_dropped_is_told_by_reason_and_not_key_by_key(conve
     assert f"{len(dropped) - 1} tensors" in card
 
 
-@pytest.mark.parametrize("kind", ["whole", "half"])
-def test_everything_is_verified(source: Path, config: Any, tmp_path: Path, kind: str) -> None:
-    options = {"variant": "fp16"} if kind == "half" else {}
-    report = convert(source, tmp_path / "out", verify=True, **options, **config)
+def test_everything_is_verified(release_31: Path, config: Any, tmp_path: Path) -> None:
+    report = convert(release_31, tmp_path, verify=True, **config)
     assert set(report.verified) == set(REPOS_31)
+    assert report.verified["kandinsky-3-1"]["loaded_and_run"] == "Kandinsky3Pipeline"
+    assert {t.dtype for t in weights(tmp_path / "kandinsky-3-1" / "movq").values()} == {torch.float32}
+
+
+def test_in_half_precision_the_movq_stays_whole(one_unet: Path, config: Any, tmp_path: Path) -> None:
+    report = convert(one_unet, tmp_path / "out", verify=True, variant="fp16", **config)
     repo = tmp_path / "out" / "kandinsky-3-1"
     assert report.verified["kandinsky-3-1"]["loaded_and_run"] == "Kandinsky3Pipeline"
     assert {t.dtype for t in weights(repo / "movq").values()} == {torch.float32}
-    if kind == "half":
-        assert {t.dtype for t in weights(repo / "unet").values()} == {torch.float16}
-        pipe = DiffusionPipeline.from_pretrained(repo, variant="fp16", dtype=torch.float16)
-        assert pipe.movq.dtype == torch.float32
+    assert {t.dtype for t in weights(repo / "unet").values()} == {torch.float16}
+    pipe = DiffusionPipeline.from_pretrained(repo, variant="fp16", dtype=torch.float16)
+    assert pipe.movq.dtype == torch.float32
 
 
-def test_shared_models_may_be_hard_links(source: Path, config: Any, tmp_path: Path) -> None:
-    convert(source, tmp_path / "copied", **config)
-    convert(source, tmp_path / "linked", link_shared=True, **config)
-    for output, links in (("copied", 1), ("linked", 3)):
+def test_shared_models_may_be_hard_links(release_31: Path, converted_31: Path, config: Any, tmp_path: Path) -> None:
+    convert(release_31, tmp_path, link_shared=True, **config)
+    for output, links in ((converted_31, 1), (tmp_path, 3)):
         for model in ("text_encoder", "movq"):
-            for path in (tmp_path / output / "kandinsky-3-1" / model).iterdir():
+            for path in (output / "kandinsky-3-1" / model).iterdir():
                 assert path.stat().st_nlink == links
-        assert (tmp_path / output / "kandinsky-3-1" / "unet" / "config.json").stat().st_nlink == 1
-    for path in (tmp_path / "copied").rglob("*.safetensors"):
-        twin = tmp_path / "linked" / path.relative_to(tmp_path / "copied")
+        assert (output / "kandinsky-3-1" / "unet" / "config.json").stat().st_nlink == 1
+    for path in converted_31.rglob("*.safetensors"):
+        twin = tmp_path / path.relative_to(converted_31)
         assert twin.read_bytes() == path.read_bytes()
 
 
@@ -153,8 +163,8 @@ def test_flash_alone_is_enough(source: Path, config: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", ["pickled", "sharded", "pickled and sharded", "with the copy of the embedding"])
-def test_the_text_encoder_may_come_in_any_form(source: Path, config: Any, tmp_path: Path, form: str) -> None:
-    folder = source / "weights" / "flan_ul2_encoder"
+def test_the_text_encoder_may_come_in_any_form(one_unet: Path, config: Any, tmp_path: Path, form: str) -> None:
+    folder = one_unet / "weights" / "flan_ul2_encoder"
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     if form == "with the copy of the embedding":
@@ -171,23 +181,23 @@ def test_the_text_encoder_may_come_in_any_form(source: Path, config: Any, tmp_pa
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": index}))
     for name, part in parts.items():
         torch.save(part, folder / name) if ending == "bin" else save_file(part, folder / name)
-    convert(source, tmp_path / "out", **config)
+    convert(one_unet, tmp_path / "out", **config)
     written = weights(tmp_path / "out" / "kandinsky-3-1" / "text_encoder")
     tensors.pop("encoder.embed_tokens.weight", None)
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[key], tensor) for key, tensor in tensors.items())
 
 
-def test_the_null_embedding_may_be_a_row(source: Path, config: Any, tmp_path: Path) -> None:
-    path = source / "weights" / "kandinsky3.pt"
+def test_the_null_embedding_may_be_a_row(one_unet: Path, config: Any, tmp_path: Path) -> None:
+    path = one_unet / "weights" / "kandinsky3.pt"
     change(path, lambda content: content.update(null_embedding=content["null_embedding"][None]))
-    convert(source, tmp_path / "out", **config)
+    convert(one_unet, tmp_path / "out", **config)
     assert weights(tmp_path / "out" / "kandinsky-3-1" / "unet")["null_embedding"].ndim == 1
 
 
-def test_a_tokenizer_without_its_fast_file_gets_one(source: Path, config: Any, tmp_path: Path) -> None:
-    (source / "weights" / "flan_ul2_encoder" / "tokenizer.json").unlink()
-    convert(source, tmp_path / "out", **config)
+def test_a_tokenizer_without_its_fast_file_gets_one(one_unet: Path, config: Any, tmp_path: Path) -> None:
+    (one_unet / "weights" / "flan_ul2_encoder" / "tokenizer.json").unlink()
+    convert(one_unet, tmp_path / "out", **config)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / "kandinsky-3-1")
     assert (tmp_path / "out" / "kandinsky-3-1" / "tokenizer" / "tokenizer.json").is_file()
     assert pipe.tokenizer("a red fox").input_ids[-1] == pipe.tokenizer.eos_token_id

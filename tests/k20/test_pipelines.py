@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,12 @@ def inputs_of(task: str) -> dict[str, Any]:
 
 
 def load(converted: Path, task: str = "text2image", **options: Any) -> Any:
+    """A copy of what is loaded once."""
+    return deepcopy(_load(converted, task, **options))
+
+
+@functools.cache
+def _load(converted: Path, task: str, **options: Any) -> Any:
     auto, _, repo = TASKS[task]
     pipe = auto.from_pretrained(converted / repo, **options)
     pipe.unet = shallow(pipe.unet)

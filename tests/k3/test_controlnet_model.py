@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, attention_backend
 
 from kandinsky_diffusers import Kandinsky3ControlNetModel, Kandinsky3UNet
-from tests.conftest import Recorded
+from tests.fixtures import Recorded
 from tests.k3.test_unet import unet
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import MODULE, assert_close

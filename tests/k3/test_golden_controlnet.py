@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image
 
 from kandinsky_diffusers import Kandinsky3ControlNetModel
-from tests.conftest import Recorded
+from tests.fixtures import Recorded
 from tests.k3.test_golden_pipelines import check, fork_arguments, fork_regions, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import SAMPLER, assert_close

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 
-from tests.conftest import Recorded
+from tests.fixtures import Recorded
 from tests.k3.test_golden_pipelines import check, fork_arguments, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.parity import MODULE, assert_close

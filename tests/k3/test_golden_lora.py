@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 
-from tests.conftest import Built, Recorded, release_3
+from tests.fixtures import Built, Recorded, release_3
 from tests.k3.test_golden_pipelines import check, fork_arguments, fork_replay, fork_states
 from tests.support.goldens import GoldenFamily
 from tests.support.parity import MODULE, assert_close

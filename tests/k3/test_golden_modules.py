@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from kandinsky_diffusers.k3.text import context_of
-from tests.conftest import Recorded
+from tests.fixtures import Recorded
 from tests.support.goldens import GoldenFamily, golden_family
 from tests.support.parity import MODULE, assert_close
 

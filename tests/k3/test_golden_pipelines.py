@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.schedulers import scheduling_ddpm
 
 from kandinsky_diffusers import Region, sampling
-from tests.conftest import Recorded
+from tests.fixtures import Recorded
 from tests.support.goldens import GoldenCase, GoldenFamily
 from tests.support.parity import SAMPLER, Replay, assert_close, assert_same_picture
 

@@ -12,7 +12,7 @@ from diffusers import AutoPipelineForImage2Image
 
 from kandinsky_diffusers import KandiSuperResPipeline, KandiSuperResUNet
 from kandinsky_diffusers.superres.refiner import Refiner
-from tests.conftest import Recorded
+from tests.fixtures import Recorded
 from tests.support.goldens import GoldenCase, GoldenFamily
 from tests.support.parity import MODULE, SAMPLER, Replay, assert_close, assert_same_picture
 

@@ -8,6 +8,7 @@ answers each with a line, the result or the traceback.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -73,6 +74,7 @@ class PythonProcess:
 
 
 def _serve() -> None:
+    gc.set_threshold(20_000, 20, 20)  # little of what imports make is garbage
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         in_child, code, *arguments = json.loads(line)

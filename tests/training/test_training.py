@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from training.world import random_scene
 
 
 CPU = torch.device("cpu")
+SCENES = 8
 RELEASE = {
     "ViT-L-14_stats.th",
     "decoder_fp16.ckpt",
@@ -49,7 +51,7 @@ RELEASE = {
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with a small corpus, and no stage done."""
     folder = tmp_path_factory.mktemp("work")
-    prepare(folder, scenes=24, seed=0)
+    prepare(folder, scenes=SCENES, seed=0)
     return folder
 
 
@@ -112,11 +114,12 @@ def test_a_training_with_a_time_limit_ends_in_time_at_a_low_rate(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------------------ stages
 
 
-def test_a_stage_leaves_weights_a_log_and_what_later_ones_need(work: Path) -> None:
+def test_a_stage_leaves_weights_a_log_and_what_later_ones_need(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "movq", replace(STAGES["movq"], batch_sizes=(4, 4)))
     run_stage("movq", Plan(work, cpu=True, shorter=2500))
 
     written = torch.load(work / "movq" / WEIGHTS, weights_only=True)
-    assert written["latents"].shape == (24, 4, 8, 8)
+    assert written["latents"].shape == (SCENES, 4, 8, 8)
     assert written["latents"].abs().quantile(0.995).item() == pytest.approx(1, abs=0.2)
     assert read_jsonl(work / "movq" / LOG)[0]["step"] == 1
     assert Plan(work).is_done("movq")
@@ -229,7 +232,7 @@ def test_captions_of_one_scene_and_number_are_alike_and_clip_ends_a_text_with_it
     tokenizer = load_tokenizer(work, "clip")
 
     assert corpus.clip_ids.max() == tokenizer.eos_token_id == len(tokenizer) - 1
-    assert corpus.pictures.shape == (24, 3, 64, 64)
+    assert corpus.pictures.shape == (SCENES, 3, 64, 64)
     said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in corpus.clip_ids]
     assert said[EMPTY] == ""
     for number, english in enumerate(corpus.english.tolist()):
