@@ -4,8 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_UPSTREAM := $(VENV)/.installed-upstream
-DEMO_RELEASE := build/demo-release
-GOLDENS_21 := tests/data/goldens/kandinsky-2.1
+RELEASE ?= training/release
 TINY_REPOS := build/tiny-repos
 # `make drift`: where its environments are, and the tests that touch most of what other libraries may change
 DRIFT ?= build/drift
@@ -19,7 +18,7 @@ INPUTS ?= 20000
 .PHONY: help install demo examples test test-gpu fuzz drift drift-oldest drift-newest upstream-tests check format bench clean
 
 help:
-	@echo "make demo     convert a tiny Kandinsky 2.1 release and draw with it, into demo_output/"
+	@echo "make demo     convert the tiny Kandinsky 2.1 of training/ and draw a page of pictures, into demo_output/"
 	@echo "make examples run each script of examples/ on tiny repositories, into example_output/"
 	@echo "make test     run the tests (ARGS='-k prior -x' goes to pytest)"
 	@echo "make test-gpu run the tests that need a CUDA device"
@@ -48,10 +47,9 @@ $(INSTALLED_UPSTREAM): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[upstream]'
 	@touch $@
 
+# one thread: for tiny models more would only wait for each other
 demo: $(INSTALLED)
-	@rm -rf $(DEMO_RELEASE)
-	$(BIN)/python -m tests.support.release $(GOLDENS_21) $(DEMO_RELEASE)
-	HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/kandinsky-diffusers demo $(DEMO_RELEASE)
+	HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error OMP_NUM_THREADS=1 $(BIN)/kandinsky-diffusers demo $(RELEASE) $(ARGS)
 
 examples: $(INSTALLED)
 	@rm -rf $(TINY_REPOS)

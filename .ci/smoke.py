@@ -17,5 +17,6 @@ assert Path(sys.prefix).resolve() in package.parents, f"imported {package}, whic
 assert (package / "py.typed").is_file(), "the wheel lacks py.typed"
 for repo in ("kandinsky-2-1", "kandinsky-2-1-inpaint"):
     assert "kandinsky-2-1-prior" in (output / repo / "README.md").read_text(encoding="utf-8"), f"{repo}: no model card"
-with Image.open(output / "grid.png") as grid:
-    assert len(set(grid.convert("L").resize((64, 64)).tobytes())) > 20, "the grid is blank"
+assert (output / "index.html").is_file(), "there is no page"
+with Image.open(output / "sheet.png") as sheet:
+    assert len(set(sheet.convert("L").resize((64, 64)).tobytes())) > 20, "the sheet is blank"

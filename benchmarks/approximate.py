@@ -4,14 +4,13 @@
 
 Each setting draws the same pictures, from the same noise. The difference is the mean over all pixels, in levels of 0
 to 255. What is saved is a share of the operations of the UNet over the whole run. Without a repository it draws with
-the tiny one of `make demo`, whose random weights make texture: its differences say that something is done, and nothing
-of how a picture looks. What a step from the cache saves at full size needs no weights, and is counted on shapes alone.
+the tiny Kandinsky of `training/`, which knows coloured shapes. What a step from the cache saves at full size needs no
+weights, and is counted on shapes alone.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,16 +27,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kandinsky_diffusers  # noqa: F401 (AutoPipelines find ours)
 from kandinsky_diffusers.components import adopt
-from kandinsky_diffusers.conversion import convert
 from kandinsky_diffusers.measuring import flops
 from kandinsky_diffusers.step_cache import CachedSteps, step_cache_config
 
 from .measure import machine
 from .models import build
+from .tiny import tiny_repos
 
 
-ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "a red cat, 4k photo"
+PROMPT = "a red circle"
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,6 @@ SETTINGS = (
     Setting("step cache 3, order 1", {}, {"interval": 3, "order": 1}),
     Setting("guidance (0.0, 0.8), step cache 2", {"guidance_interval": (0.0, 0.8)}, {"interval": 2}),
 )
-
-
-@contextmanager
-def tiny_repo() -> Iterator[Path]:
-    """The converted tiny release of `make demo`."""
-    from tests.support.release import build_release
-
-    goldens = ROOT / "tests" / "data" / "goldens" / "kandinsky-2.1"
-    with tempfile.TemporaryDirectory() as folder:
-        release, repos = build_release(goldens, Path(folder, "release")), Path(folder, "repos")
-        convert(release, repos, version="2.1", clip=release / "clip", original_config=goldens / "hyperparameters.json")
-        yield repos / "kandinsky-2-1"
 
 
 def measure(draw: Callable[..., np.ndarray], pipe: Any, steps: int, seeds: range) -> list[dict[str, Any]]:
@@ -156,7 +142,7 @@ def print_rows(rows: list[dict[str, Any]], title: str) -> None:
 
 
 def main(
-    repo: Annotated[str, typer.Option(help="folder or Hub id; the tiny repository of `make demo` if empty")] = "",
+    repo: Annotated[str, typer.Option(help="folder or Hub id; the tiny Kandinsky of training/ if empty")] = "",
     prompt: Annotated[str, typer.Option(help="what is drawn")] = PROMPT,
     steps: Annotated[int, typer.Option(min=2, help="of each run")] = 50,
     pictures: Annotated[int, typer.Option(min=1, help="of each setting, with the seeds 0, 1 ...")] = 4,
@@ -170,8 +156,10 @@ def main(
 ) -> None:
     """Draw with each setting, and compare."""
     torch.set_num_threads(threads)
-    with tiny_repo() if not repo else nullcontext(repo) as source:
-        pipe: Any = AutoPipelineForText2Image.from_pretrained(source, dtype=getattr(torch, dtype)).to(device)
+    with nullcontext("") if repo else tiny_repos() as repos:
+        pipe: Any = AutoPipelineForText2Image.from_pretrained(
+            repo or Path(repos, "kandinsky-2-1"), dtype=getattr(torch, dtype)
+        ).to(device)
         pipe.set_progress_bar_config(disable=True)
         side = size or (64 if not repo else 0)
         common = {"height": side, "width": side} if side else {}
@@ -182,7 +170,7 @@ def main(
             return pipe(prompt, generator=generator, **options).images[0]
 
         rows = measure(draw, pipe, steps, range(pictures))
-    name = repo or "tiny, random weights"
+    name = repo or "tiny, of training/"
     print_rows(rows, f"{name}: {pictures} pictures, {steps} steps, {dtype} on {device}")
     full_size = saved_at_full_size()
     Console().print({unet: f"{share:.0%} of a step from the cache is saved" for unet, share in full_size.items()})

@@ -120,10 +120,11 @@ def _prepare(name: str, workload: Workload, case: Case, steps: int | None, memor
         measured.figures["warm_up_seconds"] = timed(partial(_warm_up, measured.run, steps, few), case.device)[1]
     if not memory:
         return measured
-    counted = Counted()
-    peak = peak_memory(partial(counted.add, run) if counts else run, case.device, before)
+    peak = peak_memory(run, case.device, before)
     measured.figures["peak_bytes"] = peak
     if counts:
+        counted = Counted()
+        counted.add(run)
         peak["counted"] = counted.peak
         measured.figures |= _operations(counted.flops, measured.run, steps, few)
     return measured

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
+from benchmarks import gauge
 from benchmarks.__main__ import main
 from benchmarks.cases import OPTIMIZED, OURS, STOCK, Case, Outcome, Run, Subject, Workload
+from benchmarks.gauge_chart import STOCK_IN_OURS
 from benchmarks.models import build, twin
 from benchmarks.report import write_html
 from benchmarks.runner import Plan, measure_case, measure_workload
@@ -19,6 +22,8 @@ from benchmarks.selection import select
 from benchmarks.store import NOT_MEASURED, Store, rows_of
 from benchmarks.subjects import SUBJECTS
 from kandinsky_diffusers.components import adopt
+from training.captions import LANGUAGES
+from training.evaluation import wishes
 
 
 ABOUT = {"machine": {}, "date": "2026-01-01"}
@@ -211,3 +216,26 @@ def test_trees_share_weights_and_nothing_else() -> None:
     assert all(ours.get_parameter(name) is weight for name, weight in stock.named_parameters())
     assert {type(layer.attn1.processor) for layer in stock.transformer_blocks} == kinds
     assert {type(layer.attn1.processor) for layer in ours.transformer_blocks} != kinds
+
+
+def test_the_gauge_counts_what_each_scheduler_draws_and_tells_what_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gauge, "wishes", lambda language: wishes(language)[:2])
+
+    gauge.main(steps="1", schedulers="DDIM,UniPC", device="cpu", output=tmp_path)
+
+    rows = {
+        (row["scheduler"], row["classes"]): row for row in json.loads((tmp_path / "gauge.json").read_text())["rows"]
+    }
+    assert rows["DDIM", OURS]["class"] == "KandinskyDDIMScheduler"
+    assert rows["DDIM", OURS]["pictures"] == 2 * len(LANGUAGES)
+    assert rows["DDIM", OURS]["shares"] == rows["DDIM", STOCK]["shares"]
+    assert "generator" in rows["UniPC", STOCK]["error"]
+    assert rows["UniPC", STOCK_IN_OURS]["shares"]
+    assert (tmp_path / "gauge.svg").read_text().count("<polyline") == 6
+
+
+def test_the_gauge_knows_its_schedulers(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="Euler"):
+        gauge.main(schedulers="Euler", output=tmp_path)

@@ -65,12 +65,16 @@ def readings(pipeline: Any, prompts: Sequence[str], seed: int, at_once: int = 35
 
 
 def accuracy(pipeline: Any, language: str, seed: int = 0, **options: Any) -> dict[str, float]:
-    """Shares of all wishes whose picture shows one figure, with the right `color`, the right `shape`, and `both`.
+    """The [`shares`] of all wishes.
 
     Args: see [`wishes`] and [`readings`].
     """
     asked = wishes(language)
-    seen = list(readings(pipeline, [wish.prompt for wish in asked], seed, **options))
+    return shares(asked, list(readings(pipeline, [wish.prompt for wish in asked], seed, **options)))
+
+
+def shares(asked: Sequence[Wish], seen: Sequence[Reading]) -> dict[str, float]:
+    """Shares of wishes whose picture shows one figure, with the right `color`, the right `shape`, and `both`."""
     pairs = list(zip(asked, seen, strict=True))
     single = [(wish, reading.figures[0]) for wish, reading in pairs if len(reading.figures) == 1]
     return {

@@ -28,22 +28,34 @@ def plain_errors(*more: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def bars_on_stderr() -> Iterator[RichProgress]:
-    """Progress bars for bytes; give them to [`Bar`]."""
+    """Progress bars for bytes and pictures; give them to [`Bar`]."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        yield bars
+    class ByUnit(ProgressColumn):
+        def __init__(self, of_bytes: ProgressColumn, of_pictures: ProgressColumn) -> None:
+            super().__init__()
+            self._of_bytes, self._of_pictures = of_bytes, of_pictures
 
+        def render(self, task: Task) -> Any:
+            return (self._of_bytes if task.fields["unit"] == "B" else self._of_pictures).render(task)
 
-@contextmanager
-def pictures_on_stderr() -> Iterator[RichProgress]:
-    """Progress bars for pictures; give them to [`Bar`]."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        ByUnit(DownloadColumn(), MofNCompleteColumn()),
+        ByUnit(TransferSpeedColumn(), TimeRemainingColumn()),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         yield bars
 
@@ -51,9 +63,9 @@ def pictures_on_stderr() -> Iterator[RichProgress]:
 class Bar:
     """A bar of rich behind the part of tqdm's interface that the library uses."""
 
-    def __init__(self, bars: RichProgress, *, total: int, desc: str, **_: Any) -> None:
+    def __init__(self, bars: RichProgress, *, total: int, desc: str, unit: str = "it", **_: Any) -> None:
         self._bars = bars
-        self._task = bars.add_task(desc, total=total)
+        self._task = bars.add_task(desc, total=total, unit=unit)
 
     def update(self, n: int) -> None:
         """Advance by `n` bytes, or pictures."""

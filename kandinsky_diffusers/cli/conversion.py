@@ -120,7 +120,7 @@ def inspect(
     from ..conversion.inspection import weight_files
 
     with plain_errors(), bars_on_stderr() as bars:
-        bar = Bar(bars, total=sum(path.stat().st_size for path in weight_files(place)), desc="reading")
+        bar = Bar(bars, total=sum(path.stat().st_size for path in weight_files(place)), desc="reading", unit="B")
         reports = describe(place, bar.update)
         bar.close()
     if as_json:

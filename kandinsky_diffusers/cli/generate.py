@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Bar, pictures_on_stderr, plain_errors
+from .console import Bar, bars_on_stderr, plain_errors
 
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def generate(
     from ..generation import generate as draw
 
     given = {"negative": negative, "size": size, "image": image, "mask": mask, "hint": hint}
-    with plain_errors(OSError, TypeError, ValueError), pictures_on_stderr() as bars:
+    with plain_errors(OSError, TypeError, ValueError), bars_on_stderr() as bars:
         report = draw(
             _jobs(prompts or [], file, {name: value for name, value in given.items() if value is not None}),
             Settings(

@@ -13,10 +13,6 @@ are (configs, tokenizers). A manifest says::
     tensors          name -> [shape, dtype, init] or [shape, dtype, init, "seed:name" of another stream]
 
 The random bits come from SHA-256 and Philox, so they are the same everywhere, whatever the version of numpy.
-
-    python -m tests.support.release FAMILY_FOLDER OUTPUT_FOLDER
-
-also puts the family's ``hyperparameters.json`` into the release, for what tensor shapes cannot tell.
 """
 
 from __future__ import annotations
@@ -243,8 +239,3 @@ def _clip_name(name: str) -> str:
     for ours, theirs in CLIP_BLOCK_NAMES.items():
         name = name.replace(ours, theirs)
     return name
-
-
-if __name__ == "__main__":
-    family, output = Path(sys.argv[1]), Path(sys.argv[2])
-    shutil.copy(family / "hyperparameters.json", build_release(family, output))

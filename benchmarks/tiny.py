@@ -1,0 +1,23 @@
+"""The tiny Kandinsky 2.1 of `training/`, which draws coloured shapes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kandinsky_diffusers.conversion import convert
+
+
+RELEASE = Path(__file__).resolve().parents[1] / "training" / "release"
+
+
+@contextmanager
+def tiny_repos(release: Path = RELEASE) -> Iterator[Path]:
+    """A folder with its converted repositories, for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        repos = Path(folder)
+        settings = release / "hyperparameters.json"
+        convert(release, repos, version="2.1", clip=release / "clip", original_config=settings, overwrite=True)
+        yield repos
