@@ -148,7 +148,7 @@ def _foreign_names_zipped(path: Path) -> set[str]:
         if len(pickles) != 1 or pickles[0].file_size > _LARGEST_PICKLE:
             raise zipfile.BadZipFile(f"it does not have one {_PICKLE} of at most {_LARGEST_PICKLE} bytes")
         with archive.open(pickles[0]) as stream:
-            return foreign_names(stream)
+            return foreign_names(io.BytesIO(stream.read(_LARGEST_PICKLE)))  # which reads single bytes
 
 
 def _foreign_names_legacy(path: Path) -> set[str]:
