@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 
 from kandinsky_diffusers.conversion import convert
-from tests.conftest import Built
+from tests.fixtures import Built
 from training.evaluation import Wish, accuracy, readings, wishes
 from training.reading import Reading, read
 from training.world import SIZE, Scene, draw, make_figure

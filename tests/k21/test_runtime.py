@@ -52,13 +52,14 @@ def test_half_precision_stays_near_single(pipe: Any, dtype: torch.dtype, allowed
 def test_the_cached_prior_is_as_near_in_half_precision_as_the_uncached(pipe: Any, dtype: torch.dtype) -> None:
     def embed(exact: bool) -> torch.Tensor:
         prior_pipe = pipe.prior_pipe.exact_reference(exact)
-        return prior_pipe(["a cat", "a dog"], latents=noise, guidance_scale=2.0, num_inference_steps=1).image_embeds
+        many = {"num_images_per_prompt": 16, "guidance_scale": 2.0, "num_inference_steps": 1}
+        return prior_pipe(["a cat", "a dog"], latents=noise, **many).image_embeds
 
-    noise = torch.randn(2, pipe.prior_prior.config.embedding_dim, generator=seeded(0)[0])
+    noise = torch.randn(32, pipe.prior_prior.config.embedding_dim, generator=seeded(0)[0])
     single = embed(exact=True)
     pipe.to(dtype)
-    cached, uncached = ((embed(exact).float() - single).abs().max() for exact in (False, True))
-    assert cached <= 1.5 * uncached + 1e-3
+    cached, uncached = ((embed(exact).float() - single).square().mean().sqrt() for exact in (False, True))
+    assert cached <= 1.1 * uncached
 
 
 def test_model_cpu_offload_draws_the_same_twice(pipe: Any) -> None:
