@@ -39,7 +39,7 @@ from kandinsky_diffusers.schedulers import (
     KandinskyPNDMScheduler,
 )
 from training.captions import LANGUAGES
-from training.evaluation import Wish, shares, wishes
+from training.evaluation import Wish, seeded, shares, wishes
 from training.reading import Reading, read
 from training.world import SIZE
 
@@ -105,11 +105,6 @@ class Order:
     def generators(self) -> list[torch.Generator]:
         """One for each picture, anew."""
         return seeded(self.seed, len(self.wishes))
-
-
-def seeded(seed: int, count: int) -> list[torch.Generator]:
-    """Generators with this seed and the following ones."""
-    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
 
 
 def orders(prior: KandinskyPriorPipeline, seeds: int) -> Iterator[Order]:

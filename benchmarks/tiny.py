@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kandinsky_diffusers.conversion import convert
+from kandinsky_diffusers.demo import convert_release
 
 
 RELEASE = Path(__file__).resolve().parents[1] / "training" / "release"
@@ -18,6 +18,5 @@ def tiny_repos(release: Path = RELEASE) -> Iterator[Path]:
     """A folder with its converted repositories, for a while."""
     with tempfile.TemporaryDirectory() as folder:
         repos = Path(folder)
-        settings = release / "hyperparameters.json"
-        convert(release, repos, version="2.1", clip=release / "clip", original_config=settings, overwrite=True)
+        convert_release(release, repos)
         yield repos

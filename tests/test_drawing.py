@@ -20,9 +20,9 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 
-from kandinsky_diffusers.conversion import convert
+from kandinsky_diffusers.demo import convert_release
 from tests.fixtures import Built
-from training.evaluation import Wish, accuracy, readings, wishes
+from training.evaluation import Wish, accuracy, readings, seeded, wishes
 from training.reading import Reading, read
 from training.world import SIZE, Scene, draw, make_figure
 
@@ -45,8 +45,7 @@ def quick(pipeline: Any) -> Any:
 @pytest.fixture(scope="module")
 def repos(built: Built) -> Path:
     """The converted repositories of the release. Read only."""
-    options: dict[str, Any] = {"clip": RELEASE / "clip", "original_config": RELEASE / "hyperparameters.json"}
-    return built("coloured-shapes", lambda folder: convert(RELEASE, folder, version="2.1", **options))
+    return built("coloured-shapes", lambda folder: convert_release(RELEASE, folder))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +207,7 @@ def test_inpainting_puts_in_what_the_prompt_says_and_leaves_the_rest_alone(
         width=SIZE,
         num_inference_steps=20,
         prior_num_inference_steps=10,
-        generator=[torch.Generator().manual_seed(seed) for seed in range(len(prompts))],
+        generator=seeded(0, len(prompts)),
     ).images
 
     for old, mask, new in zip(before, masks, after, strict=True):

@@ -60,8 +60,12 @@ def readings(pipeline: Any, prompts: Sequence[str], seed: int, at_once: int = 35
     }
     for start in range(0, len(prompts), at_once):
         some = list(prompts[start : start + at_once])
-        generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(some))]
-        yield from map(read, pipeline(some, generator=generators, **asked).images)
+        yield from map(read, pipeline(some, generator=seeded(seed + start, len(some)), **asked).images)
+
+
+def seeded(seed: int, count: int) -> list[torch.Generator]:
+    """Generators with this seed and the following ones."""
+    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
 
 
 def accuracy(pipeline: Any, language: str, seed: int = 0, **options: Any) -> dict[str, float]:

@@ -15,7 +15,7 @@ from .page import write_page
 from .sheet import make_sheet
 
 
-__all__ = ["COLOURED_SHAPES", "Motifs", "Settings", "run_demo"]
+__all__ = ["COLOURED_SHAPES", "Motifs", "Settings", "convert_release", "run_demo"]
 
 MARKER = "demo.txt"
 SHEET = "sheet.png"
@@ -49,7 +49,7 @@ def run_demo(
     if not release.is_dir():
         raise ConversionError(f"release: {str(release)!r} is not a folder with a Kandinsky 2.1 release")
     _check_free(output)
-    repos = _convert(release, output, progress)
+    repos = convert_release(release, output, progress)
     (output / MARKER).write_text("Made by `kandinsky-diffusers demo`, which may replace what is here.\n")
     settings = settings or Settings()
     rows = draw(repos, settings, progress)
@@ -66,7 +66,20 @@ def _check_free(output: Path) -> None:
         raise ConversionError(f"output: {str(output)!r} is there already, and no demo made it; name another folder")
 
 
-def _convert(release: Path, output: Path, progress: Progress | None) -> dict[str, Path]:
+def convert_release(release: Path, output: Path, progress: Progress | None = None) -> dict[str, Path]:
+    """Convert a Kandinsky 2.1 release with what lies beside it, see [`run_demo`]; repositories there are replaced.
+
+    Args:
+        release: as for [`run_demo`].
+        output: folder of the repositories.
+        progress: makes progress bars for bytes; called with tqdm's arguments.
+
+    Returns:
+        The repositories by their names.
+
+    Raises:
+        ConversionError: `release` cannot be converted.
+    """
     options: dict[str, Any] = {"clip": release / "clip", "original_config": release / "hyperparameters.json"}
     present = {name: path for name, path in options.items() if path.exists()}
     report = convert(release, output, version="2.1", overwrite=True, progress=progress, **present)

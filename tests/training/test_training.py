@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, UnCLIPScheduler
 from torch import nn
 
-from kandinsky_diffusers.conversion import convert
+from kandinsky_diffusers.demo import convert_release
 from training.captions import random_caption
 from training.corpus import EMPTY, Corpus, load_tokenizer, prepare, tokenize
 from training.crew import Crew
@@ -140,8 +140,7 @@ def test_the_release_is_small_and_converts_to_the_models_that_were_trained(work:
     release = write_release(models, work / "tokenizers", tmp_path / "release")
     assert sum(path.stat().st_size for path in release.rglob("*") if path.is_file()) < 25e6
 
-    options: Any = {"clip": release / "clip", "original_config": release / "hyperparameters.json"}
-    convert(release, tmp_path / "repos", version="2.1", **options)
+    convert_release(release, tmp_path / "repos")
 
     prior = DiffusionPipeline.from_pretrained(tmp_path / "repos" / "kandinsky-2-1-prior")
     decoder, inpainting = (
